@@ -1,0 +1,35 @@
+# make demo   a world, two models trained, a table and a picture
+# make test   the tests, and every notebook from top to bottom
+# make lab    the lessons in JupyterLab
+# make readme README.md from nbs/index.ipynb
+# make detector  train the mini detector again
+
+PYTHON ?= python3
+BIN = .venv/bin
+export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+
+.PHONY: demo test lab readme detector
+
+demo: .venv/installed
+	$(BIN)/imtm demo --out runs/demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m tests.notebooks
+
+lab: .venv/installed
+	$(BIN)/jupyter lab nbs
+
+readme: .venv/installed
+	$(BIN)/python -m tests.readme
+
+detector: .venv/installed
+	$(BIN)/python -m imtm_lite.regions data/detector.safetensors
+
+.venv/installed: constraints.txt settings.ini setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || \
+	  { echo "Python 3.10 to 3.13 is needed, $(PYTHON) is $$($(PYTHON) --version): make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
