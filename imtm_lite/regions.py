@@ -175,7 +175,7 @@ def detector_accuracy(detector: MiniDetector,
     share = lambda logits, want: (logits.argmax(-1) == want)[want >= 0].float().mean().item()
     return {name: share(logits.cpu(), labels[..., k]) for k, (name, logits) in enumerate(detector.answers(features).items())}
 
-# %% ../nbs/01_regions.ipynb #regions-52
+# %% ../nbs/01_regions.ipynb #regions-53
 _REMAKE = 'make it (two minutes) with: python -m imtm_lite.regions'
 
 def _questions() -> str: return json.dumps(dict(object=CATEGORIES, **ATTRIBUTES))
@@ -187,7 +187,7 @@ def save_detector(detector: MiniDetector, path) -> None:
     part.write_bytes(save({name: t.half() for name, t in detector.state_dict().items()}, metadata=dict(questions=_questions())))
     part.replace(path)
 
-# %% ../nbs/01_regions.ipynb #regions-53
+# %% ../nbs/01_regions.ipynb #regions-54
 def load_detector(path=None, # by default data/detector.safetensors beside the package
                  ) -> MiniDetector:
     "The mini detector with trained weights, ready to use."
@@ -201,20 +201,20 @@ def load_detector(path=None, # by default data/detector.safetensors beside the p
     except Exception as e: raise ValueError(f'{path}: not a detector of this version ({str(e).splitlines()[0]}); {_REMAKE} {path}') from None
     return detector.eval()
 
-# %% ../nbs/01_regions.ipynb #regions-55
+# %% ../nbs/01_regions.ipynb #regions-56
 if __name__ == '__main__' and '__file__' in globals():      # as a command; in a notebook nothing happens
     target = Path(sys.argv[1] if len(sys.argv) == 2 else sys.exit('usage: python -m imtm_lite.regions data/detector.safetensors'))
     save_detector(train_detector(), target)
     print(f'{target}: {target.stat().st_size / 1e3:.0f} kB; right on 500 unseen scenes:',
           ', '.join(f'{name} {share:.1%}' for name, share in detector_accuracy(load_detector(target)).items()))
 
-# %% ../nbs/01_regions.ipynb #regions-68
+# %% ../nbs/01_regions.ipynb #regions-71
 def _pad_to(t: Tensor, shape, value) -> Tensor:
     "Pad all dimensions but the first, at their end."
     missing = [(0, want - have) for have, want in zip(t.shape[1:], shape)]
     return F.pad(t, [n for pair in reversed(missing) for n in pair], value=value) if any(n for _, n in missing) else t
 
-# %% ../nbs/01_regions.ipynb #regions-69
+# %% ../nbs/01_regions.ipynb #regions-72
 class Bundle:
     "Named tensors whose first dimension is the item: `Bundle(a=..., b=...)`; a tensor given as None is left out."
     optional: tuple[str, ...] = ()   # names that read as None when absent; any other missing name is an AttributeError
@@ -237,7 +237,6 @@ class Bundle:
     def __repr__(self): return f'{type(self).__name__}({", ".join(f"{n} {tuple(t.shape)} {str(t.dtype)[6:]}" for n, t in self.items())})'
     def items(self): return self._tensors.items()
     def map(self, f): return type(self)(**{name: f(t) for name, t in self.items()})
-
     def __getitem__(self, i):               # a slice, index tensor, mask or list; an int keeps the dimension
         if isinstance(i, int) or getattr(i, 'ndim', 1) == 0: i = [range(len(self))[int(i)]]
         return self.map(lambda t: t[i])
@@ -256,7 +255,7 @@ class Bundle:
             return torch.cat([_pad_to(t, shape, bundles[0].padding.get(name, 0)) for t in parts])
         return type(bundles[0])(**{name: join(name, [b._tensors[name] for b in bundles]) for name in names})
 
-# %% ../nbs/01_regions.ipynb #regions-72
+# %% ../nbs/01_regions.ipynb #regions-75
 class Regions(Bundle):
     "The regions of B pictures, R rows each; rows that `mask` does not name are padding and must not change any result."
     optional = ('boxes', 'sizes', 'labels')

@@ -306,7 +306,8 @@ SMALL = ('ball', 'cup', 'flower', 'bird', 'kite', 'umbrella', 'box')      # anyw
 PARTS = {'holding': (PEOPLE, SMALL), 'wearing': (PEOPLE, ('hat',)), 'riding': (PEOPLE, ('horse', 'bicycle')),
          'chasing': (RUNNERS, RUNNERS),
          'looking at': (RUNNERS, SMALL + BIG),
-         'on': (SMALL + ('cat', 'dog'), ('table', 'chair', 'car')), 'inside': (('ball', 'cup', 'flower', 'bird', 'kite', 'umbrella', 'cat'), ('box', 'boat', 'tree')),
+         'on': (SMALL + ('cat', 'dog'), ('table', 'chair', 'car')),
+         'inside': (('ball', 'cup', 'flower', 'bird', 'kite', 'umbrella', 'cat'), ('box', 'boat', 'tree')),
          'stack': (SMALL, SMALL), 'alone': (BIG + SKY,)}
 
 # %% ../nbs/00_scenes.ipynb #scenes-54
@@ -375,7 +376,8 @@ def _watch(rng, a, b):
     side = _any(rng, ['left', 'right'])
     sign = 1 if side == 'right' else -1
     who = _thing(rng, a, 0, 0, anchor=(1 if sign > 0 else 0, 1))
-    what = _thing(rng, b, sign * rng.uniform(8, 22), rng.uniform(-12, 0) if b in SMALL else rng.uniform(-3, 3), anchor=(0 if sign > 0 else 1, 1))
+    raised = rng.uniform(-12, 0) if b in SMALL else rng.uniform(-3, 3)
+    what = _thing(rng, b, sign * rng.uniform(8, 22), raised, anchor=(0 if sign > 0 else 1, 1))
     if rng.random() < .4: return [who, what], []
     who.pose, who.facing = 'looking', side
     return [who, what], [(0, 'looking at', 1)]
@@ -386,7 +388,8 @@ def _upon(rng, a, b):
     what = _thing(rng, b, 0, 0, size=_any(rng, ['small', 'medium']) if b == 'chair' else None)
     x0, y0, x1, y1 = what.box
     foot = y0 + (y1 - y0) * dict(table=.1, chair=.43, car=.1)[b]
-    return [what, _thing(rng, a, (x0 + x1) / 2 + rng.uniform(-2, 2), foot, size=_any(rng, ['medium', 'large']) if b == 'chair' else None)], []
+    size = _any(rng, ['medium', 'large']) if b == 'chair' else None           # a head above the back of the chair
+    return [what, _thing(rng, a, (x0 + x1) / 2 + rng.uniform(-2, 2), foot, size=size)], []
 
 # %% ../nbs/00_scenes.ipynb #scenes-68
 def _within(rng, a, b):
@@ -582,7 +585,8 @@ def _finish(rng, scene, pieces, triples, colour=None):
     "Turn chains into mentions and render."
     order = [p for p in pieces if isinstance(p, int)]
     at = {chain: k for k, chain in enumerate(order)}
-    return render([_mention(rng, scene, c, colour) for c in order], [at.get(p, p) for p in pieces], [(at[a], p, at[b]) for a, p, b in triples])
+    mentions = [_mention(rng, scene, c, colour) for c in order]
+    return render(mentions, [at.get(p, p) for p in pieces], [(at[a], p, at[b]) for a, p, b in triples])
 
 # %% ../nbs/00_scenes.ipynb #scenes-110
 def _clause(rng, fact): # (chain, words, chain), sometimes turned round
@@ -592,7 +596,8 @@ def _clause(rng, fact): # (chain, words, chain), sometimes turned round
 
 def _pick(rng, facts):
     "A fact: half the time an action, else one of contact or of direction."
-    kinds = [[f for f in facts if f[1] in kind] for kind in (ACTIONS, ('inside', 'on', 'next to'), ('left of', 'right of', 'above', 'below'))]
+    families = ACTIONS, ('inside', 'on', 'next to'), ('left of', 'right of', 'above', 'below')
+    kinds = [[f for f in facts if f[1] in family] for family in families]
     weights = np.array([.5, .25, .25]) * [bool(k) for k in kinds]
     kind = kinds[rng.choice(3, p=weights / weights.sum())]
     return _any(rng, kind)
@@ -832,7 +837,8 @@ def _relations(scene):
     centre = np.array([((t.box[0] + t.box[2]) / 2, (t.box[1] + t.box[3]) / 2) for t in scene.things])
     apart = np.linalg.norm(centre[:, None] - centre, axis=-1) + 1e9 * np.eye(len(centre))
     nearest = apart.argmin(1)
-    return scene.actions + [(i, p, j) for i, p, j in facts if p in ('inside', 'on') or p == 'next to' and i < j or p in OPPOSITE and nearest[i] == j]
+    keep = lambda i, p, j: p in ('inside', 'on') or p == 'next to' and i < j or p in OPPOSITE and nearest[i] == j
+    return scene.actions + [f for f in facts if keep(*f)]
 
 # %% ../nbs/00_scenes.ipynb #scenes-166
 def _graph(rng, scene, thing, noise):

@@ -12,7 +12,7 @@ from typing import Iterable
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .encoders import Codes, Matcher
 

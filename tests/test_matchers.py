@@ -1,0 +1,133 @@
+"What every matcher owes: scores of a pair depend on that pair alone, however it is padded, tiled, ordered or encoded."
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from imtm_lite.losses import HardestBCE, Triplet
+from imtm_lite.models.camp import CAMP, CAMPStage1, load_released
+from imtm_lite.regions import Regions
+from imtm_lite.scoring import PeakBytes, encode, score, score_pairs
+from imtm_lite.text import Captions
+from imtm_lite.train import MODELS
+
+VARIANTS = [(name, {}) for name in MODELS] + [('scan', dict(direction='i2t')), ('scan', dict(lse=6.)),
+            *(('camp', a) for a in (dict(gate='elementwise'), dict(gate='none'), dict(fusion='sum'), dict(residual=False), dict(pool='mean'),
+                                    dict(gate='elementwise', fusion='sum')))]
+each = pytest.mark.parametrize('name,arguments', VARIANTS, ids=lambda v: v if isinstance(v, str) else '-'.join(map(str, v.values())))
+
+
+def ragged(dtype, images=6, captions=9, regions=5, words=8):
+    "Pictures with 1 to R regions, sentences of 3 to T words, and a bundle of each."
+    have = torch.randint(1, regions + 1, (images,)); have[0] = regions
+    features = torch.rand(images, regions, 7, dtype=dtype) * (torch.arange(regions) < have[:, None])[..., None]
+    lengths = torch.randint(3, words + 1, (captions,)); lengths[0] = words
+    tokens = torch.randint(4, 30, (captions, words)) * (torch.arange(words) < lengths[:, None])
+    return Regions(features=features), Captions(tokens=tokens, lengths=lengths)
+
+
+def make(name, arguments, dtype):
+    return MODELS[name](region_width=7, words=30, width=16, word_width=6, **arguments).to(dtype).eval()
+
+
+@torch.no_grad()
+def scores_of(matcher, regions, captions):
+    return matcher.match(matcher.encode_images(regions), matcher.encode_captions(captions))
+
+
+@each
+@pytest.mark.parametrize('dtype,tolerance', [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_scores_ignore_padding_tiles_and_order(name, arguments, dtype, tolerance):
+    matcher, (regions, captions) = make(name, arguments, dtype), ragged(dtype)
+    scores = scores_of(matcher, regions, captions)
+    close = lambda got, want=scores: torch.testing.assert_close(got, want, atol=tolerance, rtol=0)
+    padded = (Regions(features=F.pad(regions.features, (0, 0, 0, 3)), mask=F.pad(regions.mask, (0, 3))),
+              Captions(tokens=F.pad(captions.tokens, (0, 40)), lengths=captions.lengths))
+    close(scores_of(matcher, *padded))
+    alone = torch.stack([torch.cat([scores_of(matcher, regions[b], Captions(tokens=captions.tokens[c:c + 1, :n], lengths=captions.lengths[c:c + 1]))[0]
+                                    for c, n in enumerate(captions.lengths.tolist())]) for b in range(len(regions))])
+    close(alone)
+    b, c = torch.randperm(len(regions)), torch.randperm(len(captions))
+    close(scores_of(matcher, regions[b], captions[c]), scores[b][:, c])
+    images, sentences = encode(matcher.encode_images, [regions[:4], regions[4:]]), encode(matcher.encode_captions, [captions[:2], captions[2:]])
+    for memory in (1, 20_000, 2**30):
+        torch.testing.assert_close(score(matcher, images, sentences, memory=memory), scores.float(), atol=1e-6, rtol=0)
+    rows = torch.randint(len(regions), (len(captions),))
+    torch.testing.assert_close(score_pairs(matcher, images, sentences, rows), scores[rows, torch.arange(len(captions))].float(), atol=1e-6, rtol=0)
+
+
+@each
+def test_regions_in_any_order(name, arguments):
+    matcher, (regions, captions) = make(name, arguments, torch.float64), ragged(torch.float64)
+    order = torch.randperm(5)
+    shuffled = Regions(features=regions.features[:, order], mask=regions.mask[:, order])
+    torch.testing.assert_close(scores_of(matcher, shuffled, captions), scores_of(matcher, regions, captions), atol=1e-12, rtol=0)
+
+
+@each
+def test_gradients_are_finite_and_reach_every_parameter(name, arguments):
+    matcher, (regions, captions) = make(name, arguments, torch.float64).train(), ragged(torch.float64, images=6, captions=6)
+    matcher.criterion = HardestBCE() if name == 'camp' else Triplet()
+    scores = matcher.match(matcher.encode_images(regions), matcher.encode_captions(captions))
+    matcher.criterion(scores, torch.eye(6, dtype=torch.bool)).backward()
+    for n, p in matcher.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), n
+    still = [n for n, p in matcher.named_parameters() if not p.grad.any() and not n.startswith('words.embed')]
+    assert not still
+
+
+@each
+def test_score_stays_within_its_memory_budget(name, arguments):
+    matcher, (regions, captions) = make(name, arguments, torch.float32), ragged(torch.float32, images=40, captions=60)
+    with torch.no_grad(): images, sentences = matcher.encode_images(regions), matcher.encode_captions(captions)
+    budget = 2**21
+    with PeakBytes() as counter: score(matcher, images, sentences, memory=budget)
+    assert counter.peak <= 1.15 * budget + 4 * 40 * 60
+
+
+@pytest.mark.parametrize('file,matcher', [('gate_fusion_new', lambda **s: CAMP(**s)), ('gate_fusion_new_sum', lambda **s: CAMP(fusion='sum', **s)),
+                                          ('cross_attention_new', lambda **s: CAMPStage1(count_padding=True, **s))])
+def test_camp_equals_the_released_scores(file, matcher):
+    arrays = {k: torch.from_numpy(v) for k, v in np.load(f'{__file__.rpartition("/")[0]}/camp_released/{file}.npz').items()}
+    ours = matcher(region_width=32, words=5, width=32, word_width=4).double()
+    load_released(ours, {k.removeprefix('weight.'): v for k, v in arrays.items() if k.startswith('weight.')})
+    v, t = arrays['regions'], arrays['words']
+    mask = torch.arange(t.shape[1]) < arrays['lengths'][:, None]
+    with torch.no_grad(): scores = ours.match(ours.image_codes(v, torch.ones(v.shape[:2], dtype=torch.bool)), ours.caption_codes(t, mask))
+    assert (scores - arrays['scores']).abs().max() < 1e-10
+
+
+def test_released_weights_of_another_model_are_refused():
+    arrays = np.load(f'{__file__.rpartition("/")[0]}/camp_released/cross_attention_new.npz')
+    weights = {k.removeprefix('weight.'): torch.from_numpy(v) for k, v in arrays.items() if k.startswith('weight.')}
+    with pytest.raises(ValueError, match='missing'): load_released(CAMP(region_width=32, words=5, width=32, word_width=4).double(), weights)
+
+
+def camp_pair_plain(camp, v, t):
+    "The released full model for one picture (R, D) and one sentence (T, D), every tensor written out."
+    def attend(q, k, values): return (q @ k.T / math.sqrt(q.shape[-1])).softmax(-1) @ values
+    unit = lambda x: x / (x.norm(dim=-1, keepdim=True) + 1e-8)
+    def side(x, y, x_side, y_side, fusion, pool):
+        m = attend(x_side.query(x), y_side.key(y), y)
+        m = unit(attend(y_side.message_query(m), y_side.message_key(m), m))
+        g = torch.sigmoid((x * m).sum(-1, keepdim=True))
+        fused = F.relu(fusion.linear(torch.cat((x, m), -1) * g)) + x
+        heads = pool.logits(F.relu(pool.hidden(fused))).softmax(0)
+        return unit((heads.T @ fused).mean(0))
+    a = side(v, t, camp.image_side, camp.word_side, camp.image_fusion, camp.image_pool)
+    b = side(t, v, camp.word_side, camp.image_side, camp.word_fusion, camp.word_pool)
+    return torch.sigmoid(camp.head(torch.cat((a, b))))[0]
+
+
+def test_camp_equals_its_plain_form_on_ragged_input_with_gradients():
+    camp, (regions, captions) = make('camp', {}, torch.float64), ragged(torch.float64)
+    images, sentences = camp.encode_images(regions), camp.encode_captions(captions)
+    fast = camp.match(images, sentences)
+    plain = torch.stack([torch.stack([camp_pair_plain(camp, images.x[b][images.mask[b]], sentences.x[c][sentences.mask[c]])
+                                      for c in range(len(sentences))]) for b in range(len(images))])
+    torch.testing.assert_close(fast, plain, atol=1e-12, rtol=0)
+    weight = torch.randn_like(fast)
+    a, b = (torch.autograd.grad((s * weight).sum(), list(camp.parameters()), retain_graph=True) for s in (fast, plain))
+    for x, y in zip(a, b): torch.testing.assert_close(x, y, atol=1e-10, rtol=1e-8)
