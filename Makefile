@@ -15,13 +15,12 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q tests
-	$(BIN)/python -m tests.notebooks
 
 lab: .venv/installed
 	$(BIN)/jupyter lab nbs
 
 readme: .venv/installed
-	$(BIN)/python -m tests.readme
+	$(BIN)/python -m tools.readme
 
 detector: .venv/installed
 	$(BIN)/python -m imtm_lite.regions data/detector.safetensors

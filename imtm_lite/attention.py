@@ -108,7 +108,7 @@ class MessageAttention(nn.Module):
         super().__init__()
         self.query, self.key = (nn.Linear(width, width, bias=False) for _ in range(2))             # to the other side
         self.message_query, self.message_key = (nn.Linear(width, width, bias=False) for _ in range(2)) # among messages made of this side
-        for linear in self.children(): nn.init.xavier_uniform_(linear.weight)
+        nn.init.xavier_uniform_(self.key.weight) # the others keep PyTorch's own, as released
 
     def forward(self, x: Tensor) -> dict[str, Tensor]: # x (N, L, D)
         "Queries and keys (N, L, D), and H (N, L, L) with which messages made of this item's vectors attend to each other."

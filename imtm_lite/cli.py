@@ -118,7 +118,7 @@ def train(model: str = typer.Argument(help='vse, scan or camp'), data: Path = ty
           warmup: str = Setting('steps of warm-up'), decay_at: str = Setting('epochs at which the rate falls, e.g. 10,15'), decay: str = Setting('by which factor'),
           frozen: str = Setting('parameters not to train, by prefix, e.g. words,regions'), min_freq: str = Setting('rarer words become <unk>'),
           seed: int = 0, precision: str = typer.Option('no', help='no, bf16 or fp16'), device: str = typer.Option('auto', help='auto or cpu'),
-          memory: float = typer.Option(.5, help='GiB for scoring tiles'), save_every: int = typer.Option(500, help='steps between checkpoints'),
+          memory: float = typer.Option(None, help='GiB for scoring tiles', show_default='small on a CPU, 1 on a GPU'), save_every: int = typer.Option(500, help='steps between checkpoints'),
           resume: bool = typer.Option(False, help='go on from the last checkpoint')):
     """Train a model. Every setting of the preset is shown, and can be changed here.
 
@@ -133,7 +133,7 @@ def train(model: str = typer.Argument(help='vse, scan or camp'), data: Path = ty
     changes = typed | ({'arguments': dict(assignment(a) for a in set_)} if set_ else {})
     show_stages(model, preset, recipe(model, preset, changes))
     best = train_recipe(model, data, out, preset=preset, changes=changes, resume=resume, seed=seed, precision=precision, device=device,
-                        memory=int(memory * 2**30), save_every=save_every)
+                        memory=memory and int(memory * 2**30), save_every=save_every)
     say.print(f'best checkpoint: {best}\nnext: imtm eval {out} --data {data} --split test', markup=False)
 
 def assignment(text: str) -> tuple[str, object]:
@@ -149,7 +149,7 @@ def commit() -> str:
     got = subprocess.run(['git', '-C', here, 'describe', '--always', '--dirty', '--exclude=*'], capture_output=True, text=True) if shutil.which('git') else None
     return f"{imtm_lite.__version__}{'+' + got.stdout.strip() if got and got.returncode == 0 else ''}"
 
-def figures(matcher, split: Split, protocol: str = 'plain', memory: int = 2**29) -> dict:
+def figures(matcher, split: Split, protocol: str = 'plain', memory: int | None = None) -> dict:
     "Everything `imtm eval` reports."
     check_fits(matcher, split)
     scores = split_scores(matcher, split, matcher.vocab, memory=memory, progress=True)
@@ -160,7 +160,7 @@ def figures(matcher, split: Split, protocol: str = 'plain', memory: int = 2**29)
 # %% ../nbs/21_cli.ipynb #cli-19
 @app.command('eval')
 def eval_(run: Path = typer.Argument(help='folder of a run, or a checkpoint'), data: Path = typer.Option(...), split: str = 'test',
-          protocol: str = typer.Option('plain', help=', '.join(PROTOCOLS)), memory: float = typer.Option(.5, help='GiB for scoring tiles'),
+          protocol: str = typer.Option('plain', help=', '.join(PROTOCOLS)), memory: float = typer.Option(None, help='GiB for scoring tiles', show_default='small on a CPU, 1 on a GPU'),
           device: str = typer.Option('auto', help='auto, cpu or cuda'), json_: Path = typer.Option(None, '--json', help='write the figures here too')):
     """Recall@K of a trained model, and its probes where the data has them.
 
@@ -168,7 +168,7 @@ def eval_(run: Path = typer.Argument(help='folder of a run, or a checkpoint'), d
     """
     matcher = load(run, 'cpu' if device == 'cpu' or not torch.cuda.is_available() else 'cuda')
     part = Split(data, split)
-    result = figures(matcher, part, protocol, int(memory * 2**30))
+    result = figures(matcher, part, protocol, memory and int(memory * 2**30))
     show_figures({matcher.card['model']: result}, f'{part.root.name} {split}: {part.n_images} pictures, {len(part.captions)} captions, protocol {protocol}, '
                  f"seed {matcher.card['settings']['seed']}, imtm_lite {commit()}")
     if json_: json_.write_text(json.dumps(dict(result, model=matcher.card['model'], data=part.root.name, split=split, protocol=protocol,

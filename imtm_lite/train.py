@@ -6,11 +6,11 @@
 __all__ = ['MODELS', 'CRITERIA', 'FORMAT', 'LEARNING', 'ATTENTION', 'CAMP_F30K', 'DEMO', 'RECIPES', 'SettingError', 'build',
            'CheckpointError', 'write_checkpoint', 'read_checkpoint', 'load', 'put_weights', 'check_fits',
            'learning_rate', 'make_optimizer', 'optimizer_tensors', 'restore_optimizer', 'split_scores', 'split_recall',
-           'probe_accuracy', 'train_step', 'Log', 'train', 'Run', 'run_epoch', 'log_step', 'end_epoch', 'save_run',
-           'resume_run', 'released', 'recipe', 'arguments_for', 'train_recipe']
+           'probe_accuracy', 'train_step', 'keep_freed_memory', 'Log', 'train', 'Run', 'run_epoch', 'log_step',
+           'end_epoch', 'save_run', 'resume_run', 'released', 'recipe', 'arguments_for', 'train_recipe']
 
 # %% ../nbs/18_training.ipynb #training-03
-import inspect, json, math, os
+import ctypes, inspect, json, math, os
 from pathlib import Path
 
 import torch
@@ -137,7 +137,7 @@ def restore_optimizer(optimizer, tensors: dict[str, Tensor]) -> None:
     optimizer.load_state_dict({'state': state, 'param_groups': optimizer.state_dict()['param_groups']})
 
 # %% ../nbs/18_training.ipynb #training-22
-def split_scores(matcher: Matcher, split: Split, vocab: Vocab, *, memory: int = 2**29, progress: bool = False) -> Tensor: # (N, M) on the CPU
+def split_scores(matcher: Matcher, split: Split, vocab: Vocab, *, memory: int | None = None, progress: bool = False) -> Tensor: # (N, M) on the CPU
     "Scores of every image with every caption of a split."
     device, training = next(matcher.parameters()).device, matcher.training
     matcher.eval()
@@ -177,6 +177,14 @@ def train_step(matcher, batch, optimizer, accelerator: Accelerator, clip: float)
     return value
 
 # %% ../nbs/18_training.ipynb #training-28
+def keep_freed_memory() -> None:
+    "Ask glibc to keep freed memory for the next step instead of returning it to the system (Linux; elsewhere nothing happens)."
+    trim_threshold, mmap_threshold = -1, -3                                  # names of glibc's mallopt
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError): return
+    mallopt(mmap_threshold, 2**25); mallopt(trim_threshold, 2**31 - 1)
+
+# %% ../nbs/18_training.ipynb #training-30
 class Log:
     "Lines of JSON, each with its step; `back_to` forgets what came after a step."
     def __init__(self, path: Path): self.path = path
@@ -195,7 +203,7 @@ class Log:
         partial.write_text(''.join(json.dumps(r) + '\n' for r in kept), encoding='utf-8')
         os.replace(partial, self.path)
 
-# %% ../nbs/18_training.ipynb #training-30
+# %% ../nbs/18_training.ipynb #training-32
 def train(model: str,                        # a name in MODELS
           data: str | Path,                  # folder with train and dev splits
           out: str | Path,                   # the run's folder
@@ -215,7 +223,7 @@ def train(model: str,                        # a name in MODELS
           seed: int = 0,
           precision: str = 'no',             # 'bf16' or 'fp16' on a GPU
           device: str = 'auto',              # or 'cpu'
-          memory: int = 2**29,               # bytes for scoring tiles
+          memory: int | None = None,         # bytes for scoring tiles; None: see `score`
           save_every: int = 500,             # steps between checkpoints within an epoch
           resume: bool = False, progress: bool = True) -> Path: # the best checkpoint
     "Train one matcher on one data set; `best.safetensors`, `last.safetensors` and `log.jsonl` in `out`."
@@ -227,11 +235,11 @@ def train(model: str,                        # a name in MODELS
     for epoch in range(run.epoch, epochs): run_epoch(run, epoch, save_every)
     return run.best
 
-# %% ../nbs/18_training.ipynb #training-31
+# %% ../nbs/18_training.ipynb #training-33
 LEARNING = ('frozen', 'criterion', 'margin', 'soft_epochs', 'epochs', 'size', 'per_image', 'distinct', 'optimizer', 'lr', 'weight_decay',
             'clip', 'warmup', 'decay_at', 'decay', 'min_freq', 'seed', 'precision') # what changes the result of a run
 
-# %% ../nbs/18_training.ipynb #training-33
+# %% ../nbs/18_training.ipynb #training-35
 class Run:
     "A training run: what it trains, where it is, and how it goes on."
     def __init__(self, model, data, out, settings, arguments, start, device, memory, progress):
@@ -239,6 +247,7 @@ class Run:
         self.best, self.last, self.log = self.out/'best.safetensors', self.out/'last.safetensors', Log(self.out/'log.jsonl')
         self.train, self.dev = Split(data, 'train'), Split(data, 'dev')
         self.out.mkdir(parents=True, exist_ok=True)
+        keep_freed_memory()
         self.accelerator = Accelerator(mixed_precision=settings['precision'], cpu=device == 'cpu')
         set_seed(settings['seed'])
         self.vocab = Vocab.build(self.train.captions, settings['min_freq'])
@@ -255,7 +264,7 @@ class Run:
         if card['vocabulary'] != self.vocab.words: raise CheckpointError(f'{path}: has another vocabulary than {self.train.path("captions")} gives; start from a run on the same data')
         put_weights(self.matcher, tensors, Path(path), partly=True)
 
-# %% ../nbs/18_training.ipynb #training-34
+# %% ../nbs/18_training.ipynb #training-36
 def run_epoch(run: Run, epoch: int, save_every: int):
     "All batches of an epoch from where the run stands, then the dev split and the checkpoints."
     s, order = run.s, {k: run.s[k] for k in ('size', 'seed', 'per_image', 'distinct')}
@@ -271,7 +280,7 @@ def run_epoch(run: Run, epoch: int, save_every: int):
         if save_every and run.step % save_every == 0 and run.skip < n: save_run(run, run.last)
     end_epoch(run, epoch)
 
-# %% ../nbs/18_training.ipynb #training-35
+# %% ../nbs/18_training.ipynb #training-37
 def log_step(run: Run, bar, epoch: int):
     "A line in the log; an alarm when all scores have become equal."
     loss, run.recent = sum(run.recent[-20:]) / len(run.recent[-20:]), run.recent[-50:]
@@ -291,7 +300,7 @@ def end_epoch(run: Run, epoch: int):
     if dev.rsum > run.best_rsum: run.best_rsum = dev.rsum; save_run(run, run.best, dev=figures)
     save_run(run, run.last)
 
-# %% ../nbs/18_training.ipynb #training-37
+# %% ../nbs/18_training.ipynb #training-39
 def save_run(run: Run, path: Path, **more):
     "Write a checkpoint; `last` can be resumed, `best` is for using."
     card = dict(format=FORMAT, library=__version__, model=run.model, config=run.config, vocabulary=run.vocab.words, settings=run.s,
@@ -316,7 +325,7 @@ def resume_run(run: Run):
     run.epoch, run.skip, run.step, run.best_rsum, run.recent = card['epoch'], card['skip'], card['step'], card['best_rsum'], tensors['recent'].tolist()
     run.log.back_to(run.step)
 
-# %% ../nbs/18_training.ipynb #training-39
+# %% ../nbs/18_training.ipynb #training-41
 ATTENTION = ('regions', 'words', 'image_side', 'word_side') # what CAMP's second stage leaves alone
 
 def released(**more) -> dict: # VSE++'s and SCAN's defaults, Flickr30K
@@ -329,7 +338,7 @@ CAMP_F30K = [
     dict(model='camp', arguments=dict(width=1024), size=128, per_image=1, criterion='bce', optimizer='sgd', lr=.01, weight_decay=1e-4,
          epochs=150, decay_at=(50,), soft_epochs=0)]
 
-# %% ../nbs/18_training.ipynb #training-40
+# %% ../nbs/18_training.ipynb #training-42
 DEMO = dict(size=64, optimizer='adamw', soft_epochs=1, weight_decay=1e-4)
 
 RECIPES = {
@@ -342,7 +351,7 @@ RECIPES = {
                  f30k=CAMP_F30K, coco=CAMP_F30K), # no settings for COCO were released: Flickr30K's stand in
 }
 
-# %% ../nbs/18_training.ipynb #training-41
+# %% ../nbs/18_training.ipynb #training-43
 def recipe(model: str, preset: str, changes: dict | None = None) -> list[dict]:
     "Stages of a preset with changed settings; a list gives one value a stage, anything else holds for all. `arguments` are merged."
     if model not in RECIPES: raise SettingError(f'no recipe for {model!r}: choose one of {", ".join(RECIPES)}')
@@ -360,7 +369,7 @@ def arguments_for(model: str, arguments: dict) -> dict:
     known = inspect.signature(MODELS[model]).parameters
     return {k: v for k, v in arguments.items() if k in known or model not in ('camp-stage1',)}
 
-# %% ../nbs/18_training.ipynb #training-42
+# %% ../nbs/18_training.ipynb #training-44
 def train_recipe(model: str, data, out, *, preset: str = 'demo', changes: dict | None = None, resume: bool = False, **how) -> Path: # the last stage's best checkpoint
     "Train all stages of a recipe; the last one writes to `out`, earlier ones to `out/stage1`, ..."
     stages, start = recipe(model, preset, changes), None

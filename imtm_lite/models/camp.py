@@ -75,6 +75,9 @@ class CAMP(MessagePassing):
         else: self.image_pool = self.word_pool = masked_mean
         self.join = {'concat': lambda v, t: torch.cat((v, t), -1), 'sum': torch.add}[fusion]
         self.head = nn.Sequential(nn.Linear(width if fusion == 'sum' else 2 * width, width), nn.ReLU(), nn.Linear(width, 1))
+        for linear in (self.image_fusion.linear, self.word_fusion.linear, self.head[0], self.head[2]): # as released
+            nn.init.uniform_(linear.weight, -(3 / width) ** .5, (3 / width) ** .5)
+            if linear.bias is not None: nn.init.zeros_(linear.bias)
 
     def image_codes(self, v: Tensor, mask: Tensor) -> Codes:
         return Codes(**dict(super().image_codes(v, mask).items()), received=self.image_fusion.receive(v), sent=self.word_fusion.send(v))

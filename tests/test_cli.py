@@ -1,0 +1,91 @@
+"The `imtm` program as a person meets it: output, pictures, one line and exit code 2 for faults."
+import json, os, subprocess, sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+IMTM = [sys.executable, '-c', 'from imtm_lite.cli import main; main()']
+
+
+def imtm(*words, **kw): return subprocess.run([*IMTM, *map(str, words)], capture_output=True, text=True, **kw)
+
+
+@pytest.fixture(scope='module')
+def run(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp('cli') / 'camp'
+    done = imtm('train', 'camp', '--data', world, '--out', out, '--epochs', '1/1', '--size', 20, '--set', 'width=16', '--set', 'word_width=8', '--min-freq', 2)
+    assert done.returncode == 0, done.stderr
+    assert 'stage 1: camp-stage1' in done.stdout and 'dev i2t and t2i' in done.stdout and 'next: imtm eval' in done.stdout
+    return out
+
+
+def test_help_has_examples():
+    for command in ('world', 'check', 'train', 'eval', 'search', 'demo'):
+        assert f'imtm {command}' in ' '.join(imtm(command, '--help').stdout.split()), command
+
+
+def test_doctor_says_a_line_each():
+    out = imtm('doctor')
+    assert out.returncode == 0 and out.stdout.count('\n') >= 10 and 'mini detector' in out.stdout
+
+
+def test_check_of_the_world(world):
+    out = imtm('check', world)
+    assert out.returncode == 0 and 'train' in out.stdout
+
+
+def test_eval_prints_what_it_measured_and_writes_json(world, run, tmp_path):
+    out = imtm('eval', run, '--data', world, '--json', tmp_path / 'r.json')
+    assert out.returncode == 0, out.stderr
+    result = json.loads((tmp_path / 'r.json').read_text())
+    assert {'i2t', 't2i', 'rsum', 'probes', 'protocol', 'seed', 'fingerprint', 'library', 'split'} <= result.keys()
+    assert 'protocol plain' in ' '.join(out.stdout.split())
+
+
+def test_search_draws_a_picture_and_names_unknown_words(world, run, tmp_path):
+    out = imtm('search', run, '--data', world, 'a zzyzx left of a tree', '--top', 3, '--out', tmp_path / 's.png')
+    assert out.returncode == 0, out.stderr
+    assert 'zzyzx' in out.stdout and '3. ' in out.stdout and (tmp_path / 's.png').stat().st_size > 5000
+
+
+def test_demo_leaves_results_checkpoints_log_and_figure(tmp_path):
+    out = imtm('demo', '--out', tmp_path / 'demo', '--train', 60, '--dev', 16, '--test', 16, '--epochs', 1)
+    assert out.returncode == 0, out.stderr
+    results = json.loads((tmp_path / 'demo/results.json').read_text())
+    assert results['models'].keys() == {'vse', 'camp'} and {'seconds', 'protocol', 'seed', 'chance'} <= results.keys()
+    assert all(len(m['i2t']) == len(m['t2i']) == 3 and m['probes'] for m in results['models'].values())
+    for file in ('ranking.png', 'camp/best.safetensors', 'camp/log.jsonl', 'vse/best.safetensors'): assert (tmp_path / 'demo' / file).is_file()
+    again = imtm('demo', '--out', tmp_path / 'demo')
+    assert again.returncode == 2 and 'holds a finished demo' in again.stderr
+
+
+def one_line(out, *said):
+    assert out.returncode == 2, out.stdout + out.stderr
+    message = [line for line in out.stderr.split('\n') if line.startswith('imtm: ')]
+    assert len(message) == 1 and 'Traceback' not in out.stderr, out.stderr
+    for s in said: assert str(s) in message[0], message[0]
+
+
+def test_faults_are_one_line_and_exit_code_2(world, run, tmp_path):
+    new = tmp_path / 'new'
+    one_line(imtm('train', 'clip', '--data', world, '--out', new), 'vse, scan, camp')
+    one_line(imtm('train', 'camp', '--data', world, '--out', new, '--set', 'gates=none'), 'gates', 'gate')
+    one_line(imtm('train', 'camp', '--data', world, '--out', new, '--optimizer', 'lamb'), 'adamw')
+    one_line(imtm('train', 'camp', '--data', tmp_path / 'nowhere', '--out', new), 'nowhere')
+    one_line(imtm('train', 'camp', '--data', world, '--out', run), '--resume')
+    one_line(imtm('eval', run, '--data', world, '--protocol', 'f30k-1k'), '1000 images', 'plain')
+    one_line(imtm('eval', tmp_path / 'none', '--data', world), 'none')
+    one_line(imtm('search', run, '--data', world, '  '), 'empty')
+    one_line(imtm('world', world), world.name)
+    assert not new.exists()                                                 # nothing half-written
+
+
+def test_a_broken_data_set_stops_training_before_anything_is_written(world, tmp_path):
+    import shutil
+    broken = tmp_path / 'broken'
+    shutil.copytree(world, broken, ignore=shutil.ignore_patterns('pictures'))
+    features = np.load(broken / 'train_ims.npy'); features[7] = np.nan
+    np.save(broken / 'train_ims.npy', features)
+    one_line(imtm('train', 'vse', '--data', broken, '--out', tmp_path / 'run'), 'train_ims.npy', 'row 7')
+    assert imtm('check', broken).returncode == 2
