@@ -215,7 +215,7 @@ def chance(split: Split, seed: int) -> Recall:
 
 @app.command()
 def demo(out: Path = Path('runs/demo'), seed: int = 0, models: str = typer.Option('vse,camp', help='which to train, of vse, scan, camp'),
-         train: int = typer.Option(2000, help='training pictures'), dev: int = 500, test: int = 500, epochs: str = Setting('epochs')):
+         train: int = typer.Option(2000, help='training pictures'), dev: int = 200, test: int = 500, epochs: str = Setting('epochs')):
     """Make a world, train on it, evaluate, and draw what was found.
 
     Example: imtm demo --out runs/demo

@@ -81,7 +81,7 @@ def test_faults_are_one_line_and_exit_code_2(world, run, tmp_path):
     assert not new.exists()                                                 # nothing half-written
 
 
-def test_a_broken_data_set_stops_training_before_anything_is_written(world, tmp_path):
+def test_a_broken_data_set_stops_training_in_one_line(world, tmp_path):
     import shutil
     broken = tmp_path / 'broken'
     shutil.copytree(world, broken, ignore=shutil.ignore_patterns('pictures'))

@@ -1,14 +1,18 @@
 "Runs that can be repeated, killed and resumed; checkpoints that say what they are."
-import json, os, resource, signal, subprocess, sys, time
+import os, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
 import torch
 
+from accelerate import Accelerator
+
 import imtm_lite
-from imtm_lite.data import Split
+
+from imtm_lite.data import Split, batches
+from imtm_lite.losses import Triplet
 from imtm_lite.train import (FORMAT, CheckpointError, Log, SettingError, check_fits, learning_rate, probe_accuracy, read_checkpoint, recipe, split_recall,
-                             split_scores, train, train_recipe, write_checkpoint)
+                             split_scores, train, train_recipe, train_step, write_checkpoint)
 
 QUICK = dict(arguments=dict(width=16, word_width=8), epochs=2, size=20, lr=2e-3, per_image=2, min_freq=2, decay_at=(1,), device='cpu', progress=False)
 
@@ -179,6 +183,10 @@ def test_probe_accuracy_counts_by_kind(run, world):
     assert set(probe_accuracy(matcher, split, matcher.vocab).values()) == {0.}        # a tie is a miss
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(world, tmp_path):
+def test_a_loss_that_is_not_a_number_stops_the_run(run, world):
+    matcher, split = imtm_lite.load(run), Split(world, 'train')
+    matcher.criterion = Triplet()
+    with torch.no_grad(): matcher.regions.linear.weight[0, 0] = torch.nan
+    batch = next(iter(batches(split, matcher.vocab, size=8, seed=0, epoch=0)))
     with pytest.raises(FloatingPointError, match='lower the learning rate'):
-        train('vse', world, tmp_path / 'nan', **QUICK | dict(lr=1e30, clip=1e30, epochs=20))
+        train_step(matcher, batch, torch.optim.SGD(matcher.parameters(), lr=.1), Accelerator(cpu=True), 2.)
