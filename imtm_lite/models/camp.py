@@ -38,7 +38,8 @@ class MessagePassing(Matcher):
         return refine_messages(message_weights(x.query, y.key, y.mask), y.inner, x.mask)
 
     def attention(self, images: Codes, captions: Codes) -> Tensor: # (B, C, T, R)
-        return self.messages(captions, images).transpose(0, 1)
+        "Of the first level: the second mixes what the words of a sentence have received."
+        return message_weights(captions.query, images.key, images.mask).transpose(0, 1)
 
 # %% ../../nbs/14_camp.ipynb #camp-08
 class CAMPStage1(MessagePassing):

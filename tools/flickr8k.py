@@ -1,0 +1,26 @@
+"""The Flickr8k rows of the README: three systems at one budget, dev split. `python -m tools.flickr8k DATA OUT` (hours on two cores are minutes on a GPU).
+
+DATA is a folder in the layout of data/README.md with train and dev splits. Every line it runs is printed and kept with the figures.
+"""
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+RESULTS = Path(__file__).parent.parent / 'data' / 'results'
+SHARED = '--device cpu --size 64 --lr 5e-4 --set width=128 --set word_width=300 --seed 0'
+RUNS = {'vse': '--epochs 6 --decay-at 4 --soft-epochs 1',
+        'scan': '--epochs 6 --decay-at 4 --soft-epochs 1',
+        'camp': '--epochs 4/2 --decay-at 3/1 --soft-epochs 2/1'}
+
+if __name__ == '__main__':
+    data, out = sys.argv[1:]
+    for model, own in RUNS.items():
+        command = f'imtm train {model} --data {data} --out {out}/{model} {own} {SHARED}'
+        figures = RESULTS / f'flickr8k-{model}.json'
+        for line in (f'{command} --resume', f'imtm eval {out}/{model} --data {data} --split dev --json {figures}'):
+            print(line, flush=True)
+            subprocess.run(shlex.split(line), check=True)
+        shown = command.replace(data, 'DATA').replace(f'{out}/{model}', 'RUN')
+        figures.write_text(json.dumps(json.loads(figures.read_text()) | dict(command=shown, budget='6 over all captions, 64, 128'), indent=1))
