@@ -75,7 +75,7 @@ def draw_rankings(matcher: Matcher, split: Split,
     fig, axes = plt.subplots(len(sentences), top, figsize=(1.9 * top, 2.3 * len(sentences)), squeeze=False, layout='constrained')
     images = encode(matcher.encode_images, image_chunks(split))
     for line, (sentence, right) in zip(axes, sentences.items()):
-        line[0].set_title(sentence, loc='left', fontsize=9)
+        line[0].text(0, 1.06, sentence, transform=line[0].transAxes, fontsize=10).set_in_layout(False)
         for ax, hit in zip(line, search(matcher, split, sentence, top=top, images=images)):
             draw_picture(ax, split, hit.row, word_regions(matcher, split, hit.row, sentence))
             ax.set_xlabel(f'{hit.score:.3f}', fontsize=8)

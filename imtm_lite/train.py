@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'CRITERIA', 'FORMAT', 'LEARNING', 'ATTENTION', 'CAMP_F30K', 'SMALL', 'DEMO', 'RECIPES', 'SettingError',
-           'build', 'CheckpointError', 'write_checkpoint', 'read_checkpoint', 'load', 'put_weights', 'check_fits',
-           'learning_rate', 'make_optimizer', 'optimizer_tensors', 'restore_optimizer', 'split_scores', 'split_recall',
-           'probe_accuracy', 'train_step', 'keep_freed_memory', 'Log', 'train', 'Run', 'run_epoch', 'log_step',
-           'end_epoch', 'save_run', 'resume_run', 'released', 'recipe', 'arguments_for', 'train_recipe']
+           'build', 'check_arguments', 'CheckpointError', 'write_checkpoint', 'read_checkpoint', 'load', 'put_weights',
+           'check_fits', 'learning_rate', 'make_optimizer', 'optimizer_tensors', 'restore_optimizer', 'split_scores',
+           'split_recall', 'probe_accuracy', 'train_step', 'keep_freed_memory', 'Log', 'train', 'Run', 'run_epoch',
+           'log_step', 'end_epoch', 'save_run', 'resume_run', 'released', 'recipe', 'arguments_for', 'train_recipe']
 
 # %% ../nbs/18_training.ipynb #training-03
 import ctypes, inspect, json, math, os
@@ -41,11 +41,16 @@ class SettingError(ValueError):
 def build(model: str,   # a name in MODELS
           config: dict, # its constructor's arguments
          ) -> Matcher:
-    "A matcher from its name and configuration; says which names and arguments there are when one is wrong."
+    "A matcher from its name and configuration."
+    check_arguments(model, config)
+    try: return MODELS[model](**config)
+    except ValueError as fault: raise SettingError(f'{model}: {fault}') from None
+
+def check_arguments(model: str, arguments: dict) -> None:
+    "Say which models and arguments there are when one does not exist."
     if model not in MODELS: raise SettingError(f'no model {model!r}: choose one of {", ".join(MODELS)}')
     known = inspect.signature(MODELS[model]).parameters
-    for name in config.keys() - known.keys(): raise SettingError(f'{model} has no argument {name!r}: it takes {", ".join(known)}')
-    return MODELS[model](**config)
+    for name in arguments.keys() - known.keys(): raise SettingError(f'{model} has no argument {name!r}: it takes {", ".join(known)}')
 
 # %% ../nbs/18_training.ipynb #training-08
 FORMAT = 1 # of checkpoints; a file with a larger number comes from a newer library
@@ -357,6 +362,7 @@ def recipe(model: str, preset: str, changes: dict | None = None) -> list[dict]:
     if model not in RECIPES: raise SettingError(f'no recipe for {model!r}: choose one of {", ".join(RECIPES)}')
     if preset not in RECIPES[model]: raise SettingError(f'{model} has no preset {preset!r}: choose one of {", ".join(RECIPES[model])}')
     stages = [dict(stage) for stage in RECIPES[model][preset]]
+    check_arguments(stages[-1]['model'], (changes or {}).get('arguments', {}))
     for name, value in (changes or {}).items():
         if isinstance(value, list) and len(value) != len(stages): raise SettingError(f'{name}: {len(value)} values for {len(stages)} stages of {model} {preset}')
         for k, stage in enumerate(stages):
@@ -366,8 +372,7 @@ def recipe(model: str, preset: str, changes: dict | None = None) -> list[dict]:
 
 def arguments_for(model: str, arguments: dict) -> dict:
     "Those arguments that a stage's model has: stage 1 of CAMP knows nothing of gates."
-    known = inspect.signature(MODELS[model]).parameters
-    return {k: v for k, v in arguments.items() if k in known or model not in ('camp-stage1',)}
+    return {k: v for k, v in arguments.items() if k in inspect.signature(MODELS[model]).parameters}
 
 # %% ../nbs/18_training.ipynb #training-44
 def train_recipe(model: str, data, out, *, preset: str = 'demo', changes: dict | None = None, resume: bool = False, **how) -> Path: # the last stage's best checkpoint
