@@ -20,7 +20,7 @@ def copy(tmp_path_factory):
 def test_the_library_is_what_the_notebooks_export(copy):
     for path in (copy / 'imtm_lite').rglob('*.py'):
         if path.name != '__init__.py': path.unlink()
-    subprocess.run([sys.executable, '-c', 'from nbdev.export import nbdev_export; nbdev_export()'], cwd=copy, check=True, env=dict(__import__('os').environ, PYTHONPATH=str(copy)))
+    subprocess.run([sys.executable, '-c', 'import nbdev; nbdev.nbdev_export()'], cwd=copy, check=True, env=dict(__import__('os').environ, PYTHONPATH=str(copy)))
     ours, theirs = ({p.relative_to(r): p for p in (r / 'imtm_lite').rglob('*.py')} for r in (ROOT, copy))
     assert ours.keys() == theirs.keys()
     assert [str(n) for n in ours if not filecmp.cmp(ours[n], theirs[n], shallow=False)] == [], 'run nbdev_export'

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).parent.parent / 'data' / 'results'
-SHARED = '--device cpu --size 64 --lr 5e-4 --set width=128 --set word_width=300 --seed 0'
-RUNS = {'vse': '--epochs 6 --decay-at 4 --soft-epochs 1',
-        'scan': '--epochs 6 --decay-at 4 --soft-epochs 1',
-        'camp': '--epochs 4/2 --decay-at 3/1 --soft-epochs 2/1'}
+SHARED = '--device cpu --set width=128 --set word_width=300 --seed 0'                # every system sees all captions seven times
+RUNS = {'vse': '--epochs 7 --size 64 --lr 5e-4 --decay-at 4 --soft-epochs 1',
+        'scan': '--epochs 7 --size 64 --lr 5e-4 --decay-at 4 --soft-epochs 1',
+        'camp': '--epochs 4/3 --size 64/32 --lr 5e-4/1e-3 --decay-at 3/2 --soft-epochs 2/1'}
 
 if __name__ == '__main__':
     data, out = sys.argv[1:]
@@ -23,4 +23,4 @@ if __name__ == '__main__':
             print(line, flush=True)
             subprocess.run(shlex.split(line), check=True)
         shown = command.replace(data, 'DATA').replace(f'{out}/{model}', 'RUN')
-        figures.write_text(json.dumps(json.loads(figures.read_text()) | dict(command=shown, budget='6 over all captions, 64, 128'), indent=1))
+        figures.write_text(json.dumps(json.loads(figures.read_text()) | dict(command=shown, budget='7 over all captions, width 128'), indent=1))
