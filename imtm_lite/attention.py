@@ -76,7 +76,7 @@ class SCAN(Matcher):
         super().__init__(locals())
         if direction not in ('t2i', 'i2t'): raise ValueError(f"direction is 't2i' or 'i2t', not {direction!r}")
         self.words_ask = direction == 't2i'
-        self.temperature, self.lse = temperature or (9. if self.words_ask else 4.), lse
+        self.temperature, self.lse = (9. if self.words_ask else 4.) if temperature is None else temperature, lse
         self.regions = RegionEncoder(region_width=region_width, width=width)
         self.words = BiGRU(words=words, width=width, word_width=word_width)
 

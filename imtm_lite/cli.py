@@ -20,7 +20,7 @@ from rich.table import Table
 import imtm_lite
 from .data import DataError, Split, check as check_data, write_world
 from .explore import draw_rankings, search as find, unknown_words
-from .recall import PROTOCOLS, Recall, evaluate
+from .recall import PROTOCOLS, Recall, check_protocol, evaluate
 from .scenes import Noise
 from .train import CheckpointError, SettingError, check_fits, load, probe_accuracy, recipe, split_scores, train_recipe
 
@@ -94,7 +94,7 @@ def parse(name: str, text: str):
     if '/' in text: return [parse(name, part) for part in text.split('/')]
     if name in ('decay_at', 'frozen'): return tuple(parse('', part) for part in text.split(',') if part)
     if name == 'per_image' and text == 'none': return None
-    try: return json.loads(text)
+    try: return json.loads({'True': 'true', 'False': 'false'}.get(text, text))
     except ValueError: return text
 
 def show_stages(model: str, preset: str, stages: list[dict]):
@@ -144,6 +144,7 @@ def assignment(text: str) -> tuple[str, object]:
     "name=value"
     name, sign, value = text.partition('=')
     if not sign: raise SettingError(f'--set takes name=value, got {text!r}')
+    if '/' in value: raise SettingError(f'--set {text}: an argument of the model holds for all stages, so it takes one value')
     return name, parse(name, value)
 
 # %% ../nbs/21_cli.ipynb #cli-18
@@ -156,9 +157,10 @@ def commit() -> str:
 def figures(matcher, split: Split, protocol: str = 'plain', memory: int | None = None) -> dict:
     "Everything `imtm eval` reports."
     check_fits(matcher, split)
-    scores = split_scores(matcher, split, matcher.vocab, memory=memory, progress=True)
-    try: r = evaluate(scores, torch.from_numpy(split.caption_image), protocol)
+    try: check_protocol(protocol, split.n_images, len(split.captions))
     except ValueError as fault: raise SettingError(str(fault)) from None
+    scores = split_scores(matcher, split, matcher.vocab, memory=memory, progress=True)
+    r = evaluate(scores, torch.from_numpy(split.caption_image), protocol)
     return dict(i2t=r.i2t, t2i=r.t2i, rsum=r.rsum) | ({'probes': probe_accuracy(matcher, split, matcher.vocab)} if split.probes else {})
 
 # %% ../nbs/21_cli.ipynb #cli-19
@@ -170,6 +172,7 @@ def eval_(run: Path = typer.Argument(help='folder of a run, or a checkpoint'), d
 
     Example: imtm eval runs/camp --data data/world --split test
     """
+    if device == 'cuda' and not torch.cuda.is_available(): raise SettingError('--device cuda: there is no GPU here; leave it at auto')
     matcher = load(run, 'cpu' if device == 'cpu' or not torch.cuda.is_available() else 'cuda')
     part = Split(data, split)
     result = figures(matcher, part, protocol, memory and int(memory * 2**30))
@@ -199,11 +202,11 @@ def search(run: Path = typer.Argument(help='folder of a run, or a checkpoint'), 
            data: Path = typer.Option(...), split: str = 'test', top: int = 5, out: Path = typer.Option(Path('search.png'), help='image of the results')):
     """Find the pictures that fit a sentence, and draw them with the regions its words looked at.
 
-    Example: imtm search runs/camp --data data/world "a dog left of a tree"
+    Example: imtm search runs/camp --data data/world "a white dog is running"
     """
     matcher, part = load(run), Split(data, split)
     check_fits(matcher, part)
-    if not sentence.strip(): raise SettingError('the sentence is empty: say what to look for, e.g. "a dog left of a tree"')
+    if not sentence.strip(): raise SettingError('the sentence is empty: say what to look for, e.g. "a white dog is running"')
     unknown = unknown_words(sentence, matcher.vocab)
     if unknown: say.print(f'not in the vocabulary, all alike to the model: {", ".join(unknown)}', markup=False)
     for k, hit in enumerate(find(matcher, part, sentence, top=top), 1): say.print(f'{k}. {hit.id}  {hit.score:.4f}', markup=False)
@@ -226,7 +229,11 @@ def demo(out: Path = Path('runs/demo'), seed: int = 0, models: str = typer.Optio
     """
     began, results, names = time.time(), {}, models.split(',')
     if (out/'results.json').exists(): raise SettingError(f'{out}: holds a finished demo; look at {out}/results.json, or choose another folder with --out')
+    for name in names: recipe(name, 'demo')                                   # a wrong name is told before the world is made
     if not (out/'world').exists(): write_world(out/'world', train=train, dev=dev, test=test, seed=seed)
+    made = json.loads((out/'world'/'meta.json').read_text())
+    for k, want in dict(seed=seed, train=train, dev=dev, test=test).items():
+        if made[k] != want: raise SettingError(f'{out}/world: was made with {k} {made[k]}, now it is {want}; choose another folder with --out')
     part = Split(out/'world', 'test')
     for name in names:
         train_recipe(name, out/'world', out/name, preset='demo', changes=changed(epochs=epochs), seed=seed, resume=True, device='cpu')

@@ -243,9 +243,11 @@ def open_optional(split: Split):
         return open_array(path, kinds, (N * step, *shape))[::step]
     def lines(key, good):
         if not (path := split.path(key)).is_file(): return None
-        if (n := len(read_lines(path))) not in (N, N * k):
+        found = JsonLines(path, good(split))
+        if (n := len(found)) not in (N, N * k):
             raise DataError(path, f'{n} lines for {N} images', 'expected one line per image, in the order of the ids')
-        return JsonLines(path, good(split), step=n // N)
+        found.step = n // N
+        return found
     split.sizes, split.boxes = array('sizes', 'fiu', 2), array('boxes', 'fiu', R, 4)
     split.labels, split.scores = array('labels', 'iu', R), array('scores', 'f', R)
     split.classes, split.predicates = (read_lines(p) if (p := split.path(key)).is_file() else None for key in ('classes', 'predicates'))

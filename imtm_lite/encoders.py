@@ -56,13 +56,14 @@ class Codes(Bundle):
     "What a matcher keeps of a set of images or captions: tensors whose first dimension is the item; `mask` (N, L) where there are positions."
     optional = ('mask',)
     square = ('gram', 'inner') # (N, L, L): both L are positions
+    whole = ('vector',)        # (N, D): no positions at all
 
     def trimmed(self) -> 'Codes':
         "The same codes without the padding at the end that no item needs."
         if self.mask is None: return self
         used = self.mask.any(0).nonzero()
         L, n = self.mask.shape[1], int(used[-1]) + 1 if len(used) else 1
-        cut = lambda name, t: t if t.ndim < 2 or t.shape[1] != L else t[:, :n, :n] if name in self.square else t[:, :n]
+        cut = lambda name, t: t if name in self.whole or t.ndim < 2 or t.shape[1] != L else t[:, :n, :n] if name in self.square else t[:, :n]
         return Codes(**{name: cut(name, t) for name, t in self.items()})
 
 # %% ../nbs/04_encoders.ipynb #encoders-21
@@ -86,7 +87,7 @@ class Matcher(nn.Module):
         same = batch.image[:, None] == batch.image
         return {'total': self.criterion(match_by_length(self, images, captions), same)}
 
-    def forward(self, batch) -> dict[str, Tensor]: # a training step: encode both sides, then the loss
+    def forward(self, batch) -> dict[str, Tensor]: # encode both sides, then the loss
         return self.loss(self.encode_images(batch.regions), self.encode_captions(batch.captions), batch)
 
 # %% ../nbs/04_encoders.ipynb #encoders-23

@@ -32,8 +32,10 @@ def search(matcher: Matcher, split: Split,
            images: Codes | None = None,  # codes of the split, when several sentences are asked
           ) -> list[Hit]:                # best first
     "The pictures that fit a sentence best. The matcher comes from `load`."
-    images = images or encode(matcher.encode_images, image_chunks(split))
-    scores = score(matcher, images, matcher.encode_captions(Captions.from_text([sentence], matcher.vocab)))[:, 0]
+    device = next(matcher.parameters()).device
+    images = images or encode(matcher.encode_images, image_chunks(split), device=device)
+    asked = encode(matcher.encode_captions, [Captions.from_text([sentence], matcher.vocab)], device=device)
+    scores = score(matcher, images, asked)[:, 0]
     best = scores.topk(min(top, len(scores)))
     return [Hit(row, split.ids[row], s) for s, row in zip(best.values.tolist(), best.indices.tolist())]
 
@@ -47,8 +49,8 @@ def word_regions(matcher: Matcher, split: Split, row: int, sentence: str,
                  *, words: int = 4,  # how many words
                 ) -> list[tuple[str, int, float]]: # (word, region, weight) in the order of the sentence
     "For the words with the sharpest attention: the region each looked at most. Empty where the matcher has no attention."
-    captions = Captions.from_text([sentence], matcher.vocab)
-    weights = matcher.attention(matcher.encode_images(split.regions([row])), matcher.encode_captions(captions))
+    captions, device = Captions.from_text([sentence], matcher.vocab), next(matcher.parameters()).device
+    weights = matcher.attention(matcher.encode_images(split.regions([row]).to(device)), matcher.encode_captions(captions.to(device)))
     if weights is None: return []
     weights, tokens = weights[0, 0, 1:-1], tokenize(sentence)[:len(captions.tokens[0]) - 2]   # without <start> and <end>
     known = [j for j, w in enumerate(tokens) if w in matcher.vocab and len(w) > 2]
@@ -72,10 +74,12 @@ def draw_rankings(matcher: Matcher, split: Split,
                   *, top: int = 5):                 # returns a matplotlib figure
     "Ranked pictures for each sentence, with the regions that its words looked at."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(len(sentences), top, figsize=(1.9 * top, 2.3 * len(sentences)), squeeze=False, layout='constrained')
-    images = encode(matcher.encode_images, image_chunks(split))
-    for line, (sentence, right) in zip(axes, sentences.items()):
-        line[0].text(0, 1.06, sentence, transform=line[0].transAxes, fontsize=10).set_in_layout(False)
+    fig = plt.figure(figsize=(1.9 * top, 2.3 * len(sentences)), layout='constrained')
+    images = encode(matcher.encode_images, image_chunks(split), device=next(matcher.parameters()).device)
+    for part, (sentence, right) in zip(fig.subfigures(len(sentences), 1, squeeze=False)[:, 0], sentences.items()):
+        part.suptitle(sentence, x=.01, ha='left', fontsize=10)
+        line = part.subplots(1, top, squeeze=False)[0]
+        for ax in line[len(split.ids):]: ax.axis('off')                      # fewer pictures than asked for
         for ax, hit in zip(line, search(matcher, split, sentence, top=top, images=images)):
             draw_picture(ax, split, hit.row, word_regions(matcher, split, hit.row, sentence))
             ax.set_xlabel(f'{hit.score:.3f}', fontsize=8)

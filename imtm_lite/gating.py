@@ -14,7 +14,7 @@ from .attention import TINY, weighted_norm
 
 # %% ../nbs/09_adaptive_gating.ipynb #adaptive-gating-10
 class GatedFusion(nn.Module):
-    "CAMP's gated fusion for one receiving side: gate, linear, ReLU, residual. Scalar gate: released code; element-wise: paper."
+    "CAMP's gated fusion for one receiving side: gate, linear, ReLU, residual. Scalar gate: released code; element-wise: commented out there, probably the paper's."
     def __init__(self, width: int,          # joint width D
                  *, gate: str = 'scalar',   # 'scalar', 'elementwise' or 'none'
                  fusion: str = 'concat',    # 'concat' or 'sum' of vector and message
@@ -24,7 +24,7 @@ class GatedFusion(nn.Module):
         if fusion not in ('concat', 'sum'): raise ValueError(f"fusion is 'concat' or 'sum', not {fusion!r}")
         self.gate, self.residual = gate, residual
         self.linear = nn.Linear(2 * width if fusion == 'concat' else width, width, bias=False)
-        nn.init.xavier_uniform_(self.linear.weight)
+        nn.init.uniform_(self.linear.weight, -(3 / width) ** .5, (3 / width) ** .5) # as released
 
     def halves(self) -> tuple[Tensor, Tensor]: # W_v and W_m, both (D, D); the same matrix when summing
         "The layer's part for the vector and its part for the message."

@@ -29,6 +29,7 @@ class Triplet(nn.Module):
         self.margin, self.hardest = margin, hardest
 
     def forward(self, scores: Tensor, same: Tensor) -> Tensor: # both (B, B); scalar
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         right = scores.diagonal()
         rows = (self.margin + scores - right[:, None]).clamp(min=0)     # sentence j against picture i's own
         columns = (self.margin + scores - right[None, :]).clamp(min=0)  # picture i against sentence j's own
@@ -46,6 +47,7 @@ class HardestBCE(nn.Module):
         self.hardest = hardest
 
     def forward(self, scores: Tensor, same: Tensor) -> Tensor: # both (B, B); scalar
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) # half precision cannot hold 1 - 1e-6
         m = scores.clamp(1e-6, 1 - 1e-6)
         right, wrong = -m.diagonal().log(), -(1 - m).log()
         if not self.hardest: return right.mean() + wrong.masked_fill(same, 0).mean()

@@ -647,7 +647,7 @@ def describe(scene: Scene, # what to describe
              n: int = 5,   # sentences
             ) -> list[Sentence]: # of 6 to 16 words, all different
     "True sentences, each about a part of the scene."
-    rng, facts, out = np.random.default_rng(seed), _facts(scene), {}
+    rng, facts, out = np.random.default_rng([seed, 1]), _facts(scene), {}   # its own stream, not the scene's
     groups = [c for c, members in chains(scene).items() if len(members) > 1]
     for _ in range(100 * n):
         if groups and rng.random() < .3: draft = _count(rng, scene, facts, _any(rng, groups))
@@ -759,7 +759,7 @@ def probes(scene: Scene, # the scene that tells true from false
            seed: int,    # the same seed makes the same probes
           ) -> list[Probe]: # at most one of each of KINDS: those the scene allows
     "Pairs of sentences that differ in exactly one thing; the false one does not hold."
-    rng, facts, out = np.random.default_rng(seed), _facts(scene), []
+    rng, facts, out = np.random.default_rng([seed, 2]), _facts(scene), []
     swaps = dict(zip(KINDS, (_swap_object, _swap_attribute, _swap_count, lambda *a: _swap_side(*a, 'left of', 'right of'),
                              lambda *a: _swap_side(*a, 'above', 'below'), _swap_roles)))
     for kind, swap in swaps.items():
@@ -858,7 +858,7 @@ def detect(scene: Scene,             # what is there
            noise: Noise = Noise(),
           ) -> Detection:
     "A detector's view: boxes that shake, come twice, are missing or show nothing, and an unreliable scene graph."
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng([seed, 3])
     box = lambda i: _jitter(rng, scene.things[i].box, noise.jitter, scene.side)
     found = [i for i in range(len(scene.things)) if rng.random() >= noise.missed]
     rows = [(rng.uniform(.6, 1), i, box(i)) for i in found]

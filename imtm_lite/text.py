@@ -73,7 +73,7 @@ class Vocab:
         return cls(sorted((w for w in counts if counts[w] >= min_freq), key=lambda w: (-counts[w], w)))
 
     def encode(self, caption: str, max_words: int = 47) -> list[int]:
-        "A caption as ids, framed by <start> and <end>; words after `max_words` are cut (47 is SCAN's and CAMP's figure)."
+        "A caption as ids, framed by <start> and <end>; words after `max_words` are cut (47 is CAMP's figure; SCAN cuts nothing)."
         return [START, *(self[t] for t in tokenize(caption)[:max_words]), END]
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -6,15 +6,17 @@
 __all__ = ['MODELS', 'CRITERIA', 'FORMAT', 'LEARNING', 'ATTENTION', 'CAMP_F30K', 'SMALL', 'DEMO', 'RECIPES', 'SettingError',
            'build', 'check_arguments', 'CheckpointError', 'write_checkpoint', 'read_checkpoint', 'load', 'put_weights',
            'check_fits', 'learning_rate', 'make_optimizer', 'optimizer_tensors', 'restore_optimizer', 'split_scores',
-           'split_recall', 'probe_accuracy', 'train_step', 'keep_freed_memory', 'Log', 'train', 'Run', 'run_epoch',
-           'log_step', 'end_epoch', 'save_run', 'resume_run', 'released', 'recipe', 'arguments_for', 'train_recipe']
+           'split_recall', 'probe_accuracy', 'train_step', 'keep_freed_memory', 'Log', 'train', 'check_settings', 'Run',
+           'run_epoch', 'log_step', 'end_epoch', 'save_run', 'resume_run', 'released', 'recipe', 'arguments_for',
+           'train_recipe']
 
 # %% ../nbs/18_training.ipynb #training-03
-import ctypes, inspect, json, math, os
+import ctypes, hashlib, inspect, json, math, os
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -44,7 +46,7 @@ def build(model: str,   # a name in MODELS
     "A matcher from its name and configuration."
     check_arguments(model, config)
     try: return MODELS[model](**config)
-    except ValueError as fault: raise SettingError(f'{model}: {fault}') from None
+    except (ValueError, TypeError) as fault: raise SettingError(f'{model}: {fault}') from None
 
 def check_arguments(model: str, arguments: dict) -> None:
     "Say which models and arguments there are when one does not exist."
@@ -68,6 +70,7 @@ def write_checkpoint(path: Path,               # of the .safetensors file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, {'imtm_lite': json.dumps(card)})
+        with open(partial, 'rb+') as f: os.fsync(f.fileno())                # on the disk before it takes the name
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
@@ -172,13 +175,15 @@ def probe_accuracy(matcher: Matcher, split: Split, vocab: Vocab) -> dict[str, fl
 # %% ../nbs/18_training.ipynb #training-26
 def train_step(matcher, batch, optimizer, accelerator: Accelerator, clip: float) -> float: # loss per item
     "Forward, backward, clip, step."
-    with accelerator.autocast(): loss = matcher(batch.to(accelerator.device))['total']
+    loss = matcher(batch.to(accelerator.device))['total']                # under autocast where the precision asks for it
     optimizer.zero_grad(set_to_none=True)
     accelerator.backward(loss)
-    accelerator.clip_grad_norm_([p for p in matcher.parameters() if p.requires_grad], clip)
-    optimizer.step()
+    norm = accelerator.clip_grad_norm_([p for p in matcher.parameters() if p.requires_grad], clip)
     value = float(loss.detach()) / len(batch)
-    if not math.isfinite(value): raise FloatingPointError(f'the loss is {value}: lower the learning rate, or use precision no')
+    for name, x in (('loss', value), ('gradient', float(norm))):
+        if not math.isfinite(x) and accelerator.mixed_precision != 'fp16': # fp16's scaler skips such steps by itself
+            raise FloatingPointError(f'the {name} is {x}: lower the learning rate, or use precision no')
+    optimizer.step()
     return value
 
 # %% ../nbs/18_training.ipynb #training-28
@@ -234,16 +239,29 @@ def train(model: str,                        # a name in MODELS
     "Train one matcher on one data set; `best.safetensors`, `last.safetensors` and `log.jsonl` in `out`."
     given = dict(locals())
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items() if k in LEARNING}
+    check_settings(settings)
     run = Run(model, data, out, settings, arguments or {}, start, device, memory, progress)
     if resume and run.last.is_file(): resume_run(run)
     elif run.last.is_file(): raise CheckpointError(f'{out}: already holds a run; go on with --resume or choose another folder')
     run.out.mkdir(parents=True, exist_ok=True)
+    if not run.last.is_file(): run.log.back_to(-1)                        # what a run left that died before its first checkpoint
     for epoch in range(run.epoch, epochs): run_epoch(run, epoch, save_every)
     return run.best
 
 # %% ../nbs/18_training.ipynb #training-33
 LEARNING = ('frozen', 'criterion', 'margin', 'soft_epochs', 'epochs', 'size', 'per_image', 'distinct', 'optimizer', 'lr', 'weight_decay',
             'clip', 'warmup', 'decay_at', 'decay', 'min_freq', 'seed', 'precision') # what changes the result of a run
+
+def check_settings(s: dict) -> None:
+    "Refuse, in one line, what cannot be a setting. Only those given are looked at."
+    kinds = {'a whole number': (int, ('epochs', 'size', 'soft_epochs', 'warmup', 'min_freq', 'seed')),
+             'a number': ((int, float), ('lr', 'margin', 'clip', 'decay', 'weight_decay')), 'true or false': (bool, ('distinct',))}
+    for what, (kind, names) in kinds.items():
+        for k in names:
+            if k in s and (not isinstance(s[k], kind) or isinstance(s[k], bool) and kind is not bool): raise SettingError(f'{k} is {what}, not {s[k]!r}')
+    if s.get('size', 2) < 2: raise SettingError(f"size is {s['size']}: a batch needs at least 2 pairs")
+    for k, choice in (('criterion', CRITERIA), ('precision', ('no', 'bf16', 'fp16')), ('per_image', (None, *range(1, 1000)))):
+        if k in s and s[k] not in choice: raise SettingError(f'{k} cannot be {s[k]!r}; ' + ('a number or none' if k == 'per_image' else f'choose one of {", ".join(choice)}'))
 
 # %% ../nbs/18_training.ipynb #training-35
 class Run:
@@ -253,21 +271,23 @@ class Run:
         self.best, self.last, self.log = self.out/'best.safetensors', self.out/'last.safetensors', Log(self.out/'log.jsonl')
         self.train, self.dev = Split(data, 'train'), Split(data, 'dev')
         keep_freed_memory()
+        AcceleratorState._reset_state(reset_partial_state=True)            # an earlier run of this process may have had another precision
         self.accelerator = Accelerator(mixed_precision=settings['precision'], cpu=device == 'cpu')
         set_seed(settings['seed'])
         self.vocab = Vocab.build(self.train.captions, settings['min_freq'])
         self.model, self.config = model, dict(region_width=self.train.features.shape[2], words=len(self.vocab), **arguments)
         self.matcher = build(model, self.config)
-        if start: self.warm_start(start)
+        self.start = self.warm_start(Path(start)) if start else None           # fingerprint of the checkpoint it starts from
         self.matcher.criterion = CRITERIA[settings['criterion']](**({'margin': settings['margin']} if settings['criterion'] == 'triplet' else {}))
         o = make_optimizer(self.matcher, **{k: settings[k] for k in ('optimizer', 'lr', 'weight_decay', 'frozen')})
         self.matcher, self.optimizer = self.accelerator.prepare(self.matcher, o)
         self.epoch, self.skip, self.step, self.best_rsum, self.recent = 0, 0, 0, -1., []
 
-    def warm_start(self, path):
-        card, tensors = read_checkpoint(Path(path))
+    def warm_start(self, path: Path) -> str:
+        card, tensors = read_checkpoint(path)
         if card['vocabulary'] != self.vocab.words: raise CheckpointError(f'{path}: has another vocabulary than {self.train.path("captions")} gives; start from a run on the same data')
-        put_weights(self.matcher, tensors, Path(path), partly=True)
+        put_weights(self.matcher, tensors, path, partly=True)
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 # %% ../nbs/18_training.ipynb #training-36
 def run_epoch(run: Run, epoch: int, save_every: int):
@@ -309,7 +329,7 @@ def end_epoch(run: Run, epoch: int):
 def save_run(run: Run, path: Path, **more):
     "Write a checkpoint; `last` can be resumed, `best` is for using."
     card = dict(format=FORMAT, library=__version__, model=run.model, config=run.config, vocabulary=run.vocab.words, settings=run.s,
-                data=dict(folder=run.train.root.name, train=run.train.fingerprint(), dev=run.dev.fingerprint()),
+                data=dict(folder=run.train.root.name, train=run.train.fingerprint(), dev=run.dev.fingerprint()), start=run.start,
                 epoch=run.epoch, skip=run.skip, step=run.step, best_rsum=run.best_rsum, **more)
     tensors = {f'model.{k}': v for k, v in run.matcher.state_dict().items()}
     if path == run.last: tensors |= optimizer_tensors(run.optimizer) | {'random': torch.get_rng_state(), 'recent': torch.tensor(run.recent, dtype=torch.float64)}
@@ -318,8 +338,8 @@ def save_run(run: Run, path: Path, **more):
 def resume_run(run: Run):
     "Take up the run where its last checkpoint stands; the settings and the data must be the same."
     card, tensors = read_checkpoint(run.last)
-    now = dict(run.s, model=run.model, config=run.config, data=run.train.fingerprint())
-    then = dict(card['settings'], model=card['model'], config=card['config'], data=card['data']['train'])
+    now = dict(run.s, model=run.model, config=run.config, train=run.train.fingerprint(), dev=run.dev.fingerprint(), start=run.start)
+    then = dict(card['settings'], model=card['model'], config=card['config'], **card['data'], start=card['start'])
     for k in now:
         if now[k] != then.get(k) and not (k == 'epochs' and now[k] > then[k]):
             raise CheckpointError(f'{run.last}: the run has {k} {then.get(k)}, now it is {now[k]}; resume with the same settings and data, or choose another folder')
@@ -337,11 +357,11 @@ def released(**more) -> dict: # VSE++'s and SCAN's defaults, Flickr30K
     return dict(arguments=dict(width=1024), size=128, lr=2e-4, epochs=30, decay_at=(15,), distinct=False, soft_epochs=0) | more
 
 CAMP_F30K = [
-    dict(model='camp-stage1', arguments=dict(width=1024), size=256, per_image=1, lr=1e-3, epochs=110, decay_at=(50,)),
+    dict(model='camp-stage1', arguments=dict(width=1024), size=256, per_image=1, lr=1e-3, epochs=110, decay_at=(50, 100)),
     dict(model='camp', arguments=dict(width=1024), size=128, per_image=1, criterion='bce', optimizer='sgd', lr=.01, weight_decay=1e-4,
          epochs=65, decay_at=(45,), frozen=ATTENTION, soft_epochs=0),
     dict(model='camp', arguments=dict(width=1024), size=128, per_image=1, criterion='bce', optimizer='sgd', lr=.01, weight_decay=1e-4,
-         epochs=150, decay_at=(50,), soft_epochs=0)]
+         epochs=150, decay_at=(50, 100), soft_epochs=0)]
 
 # %% ../nbs/18_training.ipynb #training-42
 SMALL = dict(width=128, word_width=64)
@@ -368,6 +388,7 @@ def recipe(model: str, preset: str, changes: dict | None = None) -> list[dict]:
         for k, stage in enumerate(stages):
             v = value[k] if isinstance(value, list) else value
             stage[name] = stage.get(name, {}) | arguments_for(stage['model'], v) if name == 'arguments' else v
+    for stage in stages: check_settings(stage)
     return stages
 
 def arguments_for(model: str, arguments: dict) -> dict:

@@ -65,7 +65,7 @@ class CAMPStage1(MessagePassing):
 class CAMP(MessagePassing):
     "CAMP (Wang et al. 2019), the released `GatedFusionNew`: scores are probabilities in (0, 1). Variants are for the ablation."
     def __init__(self, *, region_width: int, words: int, width: int = 1024, word_width: int = 300,
-                 gate: str = 'scalar',      # 'scalar' (released), 'elementwise' (the paper's, as far as we know) or 'none'
+                 gate: str = 'scalar',      # 'scalar' (released), 'elementwise' (probably the paper's; unverified) or 'none'
                  fusion: str = 'concat',    # 'concat' or 'sum' (released variant), in the fusion and again before the score
                  residual: bool = True,     # add the vector to what was fused
                  pool: str = 'attention'):  # 'attention' (released) or 'mean'
@@ -74,11 +74,10 @@ class CAMP(MessagePassing):
         self.image_fusion, self.word_fusion = (GatedFusion(width, gate=gate, fusion=fusion, residual=residual) for _ in range(2))
         if pool == 'attention': self.image_pool, self.word_pool = AttentionPool(width), AttentionPool(width)
         else: self.image_pool = self.word_pool = masked_mean
-        self.join = {'concat': lambda v, t: torch.cat((v, t), -1), 'sum': torch.add}[fusion]
         self.head = nn.Sequential(nn.Linear(width if fusion == 'sum' else 2 * width, width), nn.ReLU(), nn.Linear(width, 1))
-        for linear in (self.image_fusion.linear, self.word_fusion.linear, self.head[0], self.head[2]): # as released
+        for linear in (self.head[0], self.head[2]): # as released
             nn.init.uniform_(linear.weight, -(3 / width) ** .5, (3 / width) ** .5)
-            if linear.bias is not None: nn.init.zeros_(linear.bias)
+            nn.init.zeros_(linear.bias)
 
     def image_codes(self, v: Tensor, mask: Tensor) -> Codes:
         return Codes(**dict(super().image_codes(v, mask).items()), received=self.image_fusion.receive(v), sent=self.word_fusion.send(v))
@@ -94,10 +93,13 @@ class CAMP(MessagePassing):
     def match(self, images: Codes, captions: Codes) -> Tensor: # (B, C)
         v = self.summary(images, captions, self.image_fusion, self.image_pool)
         t = self.summary(captions, images, self.word_fusion, self.word_pool).transpose(0, 1)
-        return torch.sigmoid(self.head(self.join(v, t))[..., 0])
+        pair = v + t if self.config['fusion'] == 'sum' else torch.cat((v, t), -1)
+        logits = self.head(pair)[..., 0]
+        return torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
     def gates(self, images: Codes, captions: Codes) -> tuple[Tensor, Tensor]: # (B, C, R), (B, C, T)
         "How far the scalar gates of regions and words open, for looking at them."
+        if self.config['gate'] != 'scalar': raise ValueError(f"this model has no scalar gate, but {self.config['gate']!r}")
         open_ = lambda x, y: scalar_gate(x.x, y.x, unit_messages(self.messages(x, y), y.gram))
         return open_(images, captions), open_(captions, images).transpose(0, 1)
 
