@@ -97,3 +97,11 @@ def test_five_folds_are_the_mean_of_five_galleries():
 @pytest.mark.parametrize('name', [n for n, p in PROTOCOLS.items() if p.images])
 def test_protocols_refuse_other_sizes(name):
     with pytest.raises(ValueError, match='is defined on'): evaluate(torch.zeros(4, 8), torch.arange(4).repeat_interleave(2), name)
+
+
+@pytest.mark.parametrize('criterion', [HardestBCE(), HardestBCE(hardest=False), Triplet()])
+def test_half_precision_scores_give_finite_losses_and_gradients(criterion):
+    s = torch.tensor([[1., 1.], [0., 1.]], dtype=torch.bfloat16, requires_grad=True)  # saturated, right and wrong
+    loss = criterion(s, torch.eye(2, dtype=torch.bool))
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.isfinite() and s.grad.isfinite().all()

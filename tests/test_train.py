@@ -190,3 +190,26 @@ def test_a_loss_that_is_not_a_number_stops_the_run(run, world):
     batch = next(iter(batches(split, matcher.vocab, size=8, seed=0, epoch=0)))
     with pytest.raises(FloatingPointError, match='lower the learning rate'):
         train_step(matcher, batch, torch.optim.SGD(matcher.parameters(), lr=.1), Accelerator(cpu=True), 2.)
+
+
+@pytest.mark.parametrize('change', [dict(epochs='abc'), dict(lr='x'), dict(size=1), dict(criterion='foo'), dict(distinct='no'), dict(precision='half'),
+                                    dict(per_image='all'), dict(epochs=2.5), dict(margin=True)])
+def test_settings_that_cannot_be_are_refused_in_one_line(change, world, tmp_path):
+    for wrong in (lambda: recipe('camp', 'demo', change), lambda: train('scan', world, tmp_path / 'x', **QUICK | change)):
+        with pytest.raises(SettingError, match=next(iter(change))) as fault: wrong()
+        assert '\n' not in str(fault.value)
+    assert not (tmp_path / 'x').exists()
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_with_a_fresh_log(world, tmp_path):
+    out = tmp_path / 'run'; out.mkdir()
+    (out / 'log.jsonl').write_text('{"step": 20, "epoch": 0, "loss": 1.0}\n{"step": 4')
+    train('vse', world, out, resume=True, **QUICK)
+    train('vse', world, tmp_path / 'other', **QUICK)
+    assert Log(out / 'log.jsonl').lines() == Log(tmp_path / 'other/log.jsonl').lines()
+
+
+def test_a_second_stage_from_another_first_stage_is_not_resumed(world, tmp_path):
+    one, two = (train('camp-stage1', world, tmp_path / str(seed), seed=seed, **QUICK) for seed in (0, 1))
+    train('camp', world, tmp_path / 'full', start=one, criterion='bce', **QUICK)
+    with pytest.raises(CheckpointError, match='start'): train('camp', world, tmp_path / 'full', start=two, criterion='bce', resume=True, **QUICK)
