@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'say', 'Setting', 'imtm', 'main', 'package', 'findings', 'doctor', 'world', 'check', 'parse', 'show_stages',
            'changed', 'train', 'assignment', 'commit', 'figures', 'eval_', 'show_figures', 'search', 'chance', 'demo',
-           'finish_demo']
+           'dev_curves', 'finish_demo']
 
 # %% ../nbs/21_cli.ipynb #cli-03
 import json, os, platform, shutil, subprocess, sys, time
@@ -22,7 +22,7 @@ from .data import DataError, Split, check as check_data, write_world
 from .explore import draw_rankings, search as find, unknown_words
 from .recall import PROTOCOLS, Recall, check_protocol, evaluate
 from .scenes import Noise
-from .train import CheckpointError, SettingError, check_fits, load, probe_accuracy, recipe, split_scores, train_recipe
+from .train import CheckpointError, Log, SettingError, check_fits, load, probe_accuracy, recipe, split_scores, train_recipe
 
 # %% ../nbs/21_cli.ipynb #cli-05
 app = typer.Typer(help='Image-text matching, step by step. Start with: imtm doctor, imtm demo.', no_args_is_help=True,
@@ -242,6 +242,11 @@ def demo(out: Path = Path('runs/demo'), seed: int = 0, models: str = typer.Optio
     finish_demo(out, part, load(out/names[-1]), results | {'chance': dict(i2t=random.i2t, t2i=random.t2i, rsum=random.rsum)}, seed, began)
 
 # %% ../nbs/21_cli.ipynb #cli-25
+def dev_curves(out: Path) -> dict[str, list[float]]:
+    "Dev rSum after each epoch of every run below a folder, from the logs."
+    return {str(log.parent.relative_to(out)): [line['dev']['rsum'] for line in Log(log).lines() if 'dev' in line] for log in sorted(out.rglob('log.jsonl'))}
+
+# %% ../nbs/21_cli.ipynb #cli-26
 def finish_demo(out: Path, part: Split, matcher, results: dict, seed: int, began: float):
     "The demo's table, results.json and figure."
     import matplotlib; matplotlib.use('Agg')
@@ -249,7 +254,7 @@ def finish_demo(out: Path, part: Split, matcher, results: dict, seed: int, began
     draw_rankings(matcher, part, sentences).savefig(out/'ranking.png', dpi=150)
     title = f'generated world, test: {part.n_images} pictures, {len(part.captions)} captions, protocol plain, seed {seed}, imtm_lite {commit()}'
     show_figures(results, title)
-    record = dict(models={k: v for k, v in results.items() if k != 'chance'}, chance=results['chance'], seconds=round(time.time() - began, 1), protocol='plain',
+    record = dict(models={k: v for k, v in results.items() if k != 'chance'}, chance=results['chance'], dev=dev_curves(out), seconds=round(time.time() - began, 1), protocol='plain',
                   seed=seed, data=title, fingerprint=part.fingerprint(), library=commit())
     partial = out/'results.json.partial'
     partial.write_text(json.dumps(record, indent=1)); os.replace(partial, out/'results.json')
