@@ -1,6 +1,5 @@
 "The `imtm` program as a person meets it: output, pictures, one line and exit code 2 for faults."
-import json, os, subprocess, sys
-from pathlib import Path
+import json, subprocess, sys
 
 import numpy as np
 import pytest
