@@ -24,7 +24,7 @@ from .recall import PROTOCOLS, Recall, check_protocol, evaluate
 from .scenes import Noise
 from .train import CheckpointError, Log, SettingError, check_fits, load, probe_accuracy, recipe, split_scores, train_recipe
 
-# %% ../nbs/21_cli.ipynb #cli-05
+# %% ../nbs/21_cli.ipynb #cli-06
 app = typer.Typer(help='Image-text matching, step by step. Start with: imtm doctor, imtm demo.', no_args_is_help=True,
                   pretty_exceptions_enable=False, add_completion=False, rich_markup_mode='markdown')
 say = Console(highlight=False, force_jupyter=False)
@@ -35,11 +35,11 @@ def imtm(): pass # so that a command is always named, however many there are
 def main():
     "The `imtm` program: one line and exit code 2 for what a person can mend."
     try: app()
-    except (DataError, CheckpointError, SettingError, FloatingPointError) as fault:
+    except (DataError, CheckpointError, SettingError, FloatingPointError, FileNotFoundError) as fault:
         print(f'imtm: {fault}', file=sys.stderr)
         sys.exit(2)
 
-# %% ../nbs/21_cli.ipynb #cli-09
+# %% ../nbs/21_cli.ipynb #cli-10
 def package(name: str) -> str | None:
     "Installed version of a package."
     try: return metadata.version(name)
@@ -63,7 +63,7 @@ def doctor():
     for fine, what in findings(): say.print(f"{'ok  ' if fine else 'BAD '} {what}", markup=False)
     if not all(fine for fine, _ in findings()): raise typer.Exit(1)
 
-# %% ../nbs/21_cli.ipynb #cli-12
+# %% ../nbs/21_cli.ipynb #cli-13
 @app.command()
 def world(out: Path = typer.Argument(help='folder to make; must not exist'),
           train: int = typer.Option(2000, help='training pictures'), dev: int = typer.Option(500), test: int = typer.Option(500),
@@ -88,7 +88,7 @@ def check(data: Path = typer.Argument(help='folder in the layout of data/README.
     print(report)
     if not report.ok: raise typer.Exit(2)
 
-# %% ../nbs/21_cli.ipynb #cli-15
+# %% ../nbs/21_cli.ipynb #cli-16
 def parse(name: str, text: str):
     "A setting as typed: numbers, names, none; lists by comma; one value a stage by '/'; what is not JSON is a name."
     if '/' in text: return [parse(name, part) for part in text.split('/')]
@@ -105,7 +105,7 @@ def show_stages(model: str, preset: str, stages: list[dict]):
         table.add_row(name, *(', '.join(f'{k}={v}' for k, v in s[name].items()) if isinstance(s.get(name), dict) else str(s.get(name, 'default')) for s in stages))
     say.print(table)
 
-# %% ../nbs/21_cli.ipynb #cli-16
+# %% ../nbs/21_cli.ipynb #cli-18
 def changed(**typed) -> dict: # only what was typed
     return {k: parse(k, v) for k, v in typed.items() if v is not None}
 
@@ -147,7 +147,7 @@ def assignment(text: str) -> tuple[str, object]:
     if '/' in value: raise SettingError(f'--set {text}: an argument of the model holds for all stages, so it takes one value')
     return name, parse(name, value)
 
-# %% ../nbs/21_cli.ipynb #cli-18
+# %% ../nbs/21_cli.ipynb #cli-20
 def commit() -> str:
     "The library's version, with the commit when it runs from a checkout."
     here = Path(imtm_lite.__file__).parent
@@ -163,7 +163,7 @@ def figures(matcher, split: Split, protocol: str = 'plain', memory: int | None =
     r = evaluate(scores, torch.from_numpy(split.caption_image), protocol)
     return dict(i2t=r.i2t, t2i=r.t2i, rsum=r.rsum) | ({'probes': probe_accuracy(matcher, split, matcher.vocab)} if split.probes else {})
 
-# %% ../nbs/21_cli.ipynb #cli-19
+# %% ../nbs/21_cli.ipynb #cli-22
 @app.command('eval')
 def eval_(run: Path = typer.Argument(help='folder of a run, or a checkpoint'), data: Path = typer.Option(...), split: str = 'test',
           protocol: str = typer.Option('plain', help=', '.join(PROTOCOLS)), memory: float = typer.Option(None, help='GiB for scoring tiles', show_default='small on a CPU, 1 on a GPU'),
@@ -181,7 +181,7 @@ def eval_(run: Path = typer.Argument(help='folder of a run, or a checkpoint'), d
     if json_: json_.write_text(json.dumps(dict(result, model=matcher.card['model'], data=part.root.name, split=split, protocol=protocol,
                                                seed=matcher.card['settings']['seed'], fingerprint=part.fingerprint(), library=commit()), indent=1))
 
-# %% ../nbs/21_cli.ipynb #cli-20
+# %% ../nbs/21_cli.ipynb #cli-24
 def show_figures(models: dict[str, dict], title: str):
     "A row a model: six recalls, rSum; below, the probes by kind."
     table = Table(title=title, title_justify='left')
@@ -196,7 +196,7 @@ def show_figures(models: dict[str, dict], title: str):
             if 'probes' in r: table.add_row(name, *(f"{r['probes'][k]:.1f}" for k in kinds))
         say.print(table)
 
-# %% ../nbs/21_cli.ipynb #cli-22
+# %% ../nbs/21_cli.ipynb #cli-26
 @app.command()
 def search(run: Path = typer.Argument(help='folder of a run, or a checkpoint'), sentence: str = typer.Argument(help='what to look for'),
            data: Path = typer.Option(...), split: str = 'test', top: int = 5, out: Path = typer.Option(Path('search.png'), help='image of the results')):
@@ -214,7 +214,7 @@ def search(run: Path = typer.Argument(help='folder of a run, or a checkpoint'), 
     draw_rankings(matcher, part, {sentence: None}, top=top).savefig(out, dpi=150)
     say.print(f'drawn in {out}', markup=False)
 
-# %% ../nbs/21_cli.ipynb #cli-24
+# %% ../nbs/21_cli.ipynb #cli-28
 def chance(split: Split, seed: int) -> Recall:
     "Recall of random scores."
     g = torch.Generator().manual_seed(seed)
@@ -241,12 +241,12 @@ def demo(out: Path = Path('runs/demo'), seed: int = 0, models: str = typer.Optio
     random = chance(part, seed)
     finish_demo(out, part, load(out/names[-1]), results | {'chance': dict(i2t=random.i2t, t2i=random.t2i, rsum=random.rsum)}, seed, began)
 
-# %% ../nbs/21_cli.ipynb #cli-25
+# %% ../nbs/21_cli.ipynb #cli-30
 def dev_curves(out: Path) -> dict[str, list[float]]:
     "Dev rSum after each epoch of every run below a folder, from the logs."
     return {str(log.parent.relative_to(out)): [line['dev']['rsum'] for line in Log(log).lines() if 'dev' in line] for log in sorted(out.rglob('log.jsonl'))}
 
-# %% ../nbs/21_cli.ipynb #cli-26
+# %% ../nbs/21_cli.ipynb #cli-31
 def finish_demo(out: Path, part: Split, matcher, results: dict, seed: int, began: float):
     "The demo's table, results.json and figure."
     import matplotlib; matplotlib.use('Agg')
