@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TINY', 'masked_softmax', 'gram', 'weighted_norm', 'scan_attention', 'agreement', 'pool_agreement', 'SCAN',
-           'MessageAttention', 'unit', 'message_weights', 'refine_messages', 'AttentionPool']
+           'whole_cosine', 'whole_attention', 'MessageAttention', 'unit', 'message_weights', 'refine_messages',
+           'AttentionPool']
 
 # %% ../nbs/08_interactive_attention.ipynb #interactive-attention-03
 import math
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .encoders import BiGRU, Codes, Matcher, RegionEncoder
+from .encoders import Codes, Matcher, RegionEncoder, text_encoder
 from .regions import Regions
 from .text import Captions
 
@@ -42,11 +43,13 @@ def scan_attention(cosine: Tensor,  # (X, Y, L, K) cosines of the L vectors of i
                    x_mask: Tensor,  # (X, L) True where a vector exists
                    y_mask: Tensor,  # (Y, K)
                    temperature: float,
+                   prior: Tensor | None = None, # (X, Y, K) added to the logits of all L, see "Two levels"
                   ) -> Tensor:      # (X, Y, L, K) weights over the K
     "SCAN's attention weights (Lee et al. 2018, released code): leaky ReLU, scaled over the asking side, softmax."
     s = F.leaky_relu(cosine, .1) * x_mask[:, None, :, None]     # padding must not count in the scaling
     s = s / s.square().sum(2, keepdim=True).clamp(min=1e-16).sqrt()
-    return masked_softmax(temperature * s, y_mask[None, :, None, :])
+    logits = temperature * s if prior is None else temperature * s + prior[:, :, None]
+    return masked_softmax(logits, y_mask[None, :, None, :])
 
 # %% ../nbs/08_interactive_attention.ipynb #interactive-attention-16
 def agreement(cosine: Tensor,  # (X, Y, L, K)
@@ -70,6 +73,7 @@ def pool_agreement(r: Tensor,    # (X, Y, L)
 class SCAN(Matcher):
     "Stacked cross attention (Lee et al. 2018), after the released code: cosines in [-1, 1] with mean pooling."
     def __init__(self, *, region_width: int, words: int, width: int = 1024, word_width: int = 300,
+                 text: str | dict = 'bigru',      # see `text_encoder`
                  direction: str = 't2i',          # 't2i': words attend to regions; 'i2t': regions to words
                  temperature: float | None = None, # default 9 for t2i, 4 for i2t
                  lse: float = 0.):                # 0: mean pooling (the released code also has LSE with 6)
@@ -78,7 +82,8 @@ class SCAN(Matcher):
         self.words_ask = direction == 't2i'
         self.temperature, self.lse = (9. if self.words_ask else 4.) if temperature is None else temperature, lse
         self.regions = RegionEncoder(region_width=region_width, width=width)
-        self.words = BiGRU(words=words, width=width, word_width=word_width)
+        self.words = text_encoder(text=text, words=words, width=width, word_width=word_width)
+        self.config['text'] = self.words.architecture
 
     def encode_images(self, regions: Regions) -> Codes:
         v = self.regions(regions)
@@ -100,6 +105,21 @@ class SCAN(Matcher):
     def attention(self, images: Codes, captions: Codes) -> Tensor: # (B, C, T, R)
         if self.words_ask: return self.attend(captions, images)[1].transpose(0, 1)
         return self.attend(images, captions)[1].transpose(2, 3)
+
+# %% ../nbs/08_interactive_attention.ipynb #interactive-attention-24-a
+def whole_cosine(vector: Tensor, # (X, D) one unit vector per item
+                 y: Tensor,      # (Y, K, D) unit vectors of the other side
+                ) -> Tensor:     # (X, Y, K)
+    "What a whole item has in common with each position of the other side (cross-level; after CMSEI, equation ours)."
+    return torch.einsum('xd,ykd->xyk', vector, y)
+
+def whole_attention(vector: Tensor, # (X, D) one unit vector per item
+                    y: Tensor,      # (Y, K, D) unit vectors of the other side
+                    y_mask: Tensor, # (Y, K)
+                    temperature: float, # 0: all positions alike
+                   ) -> Tensor:     # (X, Y, K) summing to 1
+    "Weights over positions, asked by a whole item."
+    return masked_softmax(temperature * whole_cosine(vector, y), y_mask[None])
 
 # %% ../nbs/08_interactive_attention.ipynb #interactive-attention-25
 class MessageAttention(nn.Module):

@@ -6,8 +6,8 @@
 __all__ = ['FILES', 'REQUIRED', 'TOLERANCE', 'FIRST_SCENE', 'SCENES_PER_SEED', 'LOOKS', 'path_of', 'DataError', 'read_header',
            'open_array', 'read_lines', 'read_captions', 'read_ids', 'read_caption_image', 'Split', 'check_width',
            'check_repeats', 'open_optional', 'need', 'JsonLines', 'good_triples', 'good_phrases', 'good_probe',
-           'read_features', 'read_boxes', 'read_labels', 'read_regions', 'read_picture', 'fingerprint', 'plan',
-           'Encoded', 'Batch', 'batches', 'image_chunks', 'caption_chunks', 'scene_numbers', 'scene_texts',
+           'read_features', 'read_boxes', 'read_labels', 'read_triples', 'read_regions', 'read_picture', 'fingerprint',
+           'plan', 'Encoded', 'Batch', 'batches', 'image_chunks', 'caption_chunks', 'scene_numbers', 'scene_texts',
            'write_split', 'write_world', 'rows_in_chunks', 'look_at_features', 'look_at_captions', 'look_at_boxes',
            'look_at_labels', 'look_at_scores', 'look_at_triples', 'look_at_phrases', 'look_at_probes', 'Report',
            'check']
@@ -394,6 +394,18 @@ def read_labels(split: Split,
                         f'expected -1 to {classes - 1}, the lines of classes.txt counted from 0')
     return torch.from_numpy(labels)
 
+# %% ../nbs/03_data.ipynb #data-59-b
+def read_triples(split: Split,
+                 rows: np.ndarray, # (B,) image rows
+                ) -> tuple[Tensor, Tensor]: # (B, E, 3) subject row, predicate, object row, -1 padding; (B, E) float32 confidence
+    "Scene-graph triples; E is that of the picture with most, and at least 1."
+    found = [split.triples[i] for i in rows]
+    E = max(1, *map(len, found))
+    triples, confidence = np.full((len(rows), E, 3), -1), np.zeros((len(rows), E), np.float32)
+    for i, some in enumerate(found):
+        if some: triples[i, :len(some)], confidence[i, :len(some)] = (a := np.array(some))[:, :3], a[:, 3]
+    return torch.from_numpy(triples), torch.from_numpy(confidence)
+
 # %% ../nbs/03_data.ipynb #data-61
 def read_regions(split: Split,
                  rows, # image rows: an int, range, slice, list, array or tensor
@@ -402,8 +414,9 @@ def read_regions(split: Split,
     rows = np.atleast_1d(np.arange(split.n_images)[rows] if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64))
     features, mask = read_features(split, rows)
     boxes, sizes = read_boxes(split, rows) if split.boxes is not None else (None, None)
+    triples, confidence = read_triples(split, rows) if split.triples is not None else (None, None)
     return Regions(features=features, mask=mask, boxes=None if boxes is None else normalise_boxes(boxes, sizes), sizes=sizes,
-                   labels=None if split.labels is None else read_labels(split, rows))
+                   labels=None if split.labels is None else read_labels(split, rows), triples=triples, confidence=confidence)
 
 # %% ../nbs/03_data.ipynb #data-65
 def read_picture(split: Split, row: int):

@@ -52,7 +52,7 @@ def word_regions(matcher: Matcher, split: Split, row: int, sentence: str,
     captions, device = Captions.from_text([sentence], matcher.vocab), next(matcher.parameters()).device
     weights = matcher.attention(matcher.encode_images(split.regions([row]).to(device)), matcher.encode_captions(captions.to(device)))
     if weights is None: return []
-    weights, tokens = weights[0, 0, 1:-1], tokenize(sentence)[:len(captions.tokens[0]) - 2]   # without <start> and <end>
+    weights, tokens = weights[0, 0, 1:-1], matcher.vocab.tokens(sentence)                     # without <start> and <end>
     known = [j for j, w in enumerate(tokens) if w in matcher.vocab and len(w) > 2]
     sharp = sorted(sorted(known, key=lambda j: -float(weights[j].max()))[:words])
     return [(tokens[j], int(weights[j].argmax()), float(weights[j].max())) for j in sharp]

@@ -258,8 +258,8 @@ class Bundle:
 # %% ../nbs/01_regions.ipynb #regions-75
 class Regions(Bundle):
     "The regions of B pictures, R rows each; rows that `mask` does not name are padding and must not change any result."
-    optional = ('boxes', 'sizes', 'labels')
-    padding = {'labels': -1}
+    optional = ('boxes', 'sizes', 'labels', 'triples', 'confidence')
+    padding = {'labels': -1, 'triples': -1}
 
     def __init__(self, *,
                  features: Tensor,             # (B, R, D) floating
@@ -267,6 +267,8 @@ class Regions(Bundle):
                  boxes: Tensor | None = None,  # (B, R, 4) normalised to 0..1
                  sizes: Tensor | None = None,  # (B, 2) width, height of the picture in pixels
                  labels: Tensor | None = None, # (B, R) class index, -1 none
+                 triples: Tensor | None = None,    # (B, E, 3) subject row, predicate, object row of the scene graph; -1 padding
+                 confidence: Tensor | None = None, # (B, E) of each triple, 0 padding
                 ):
         if mask is None: mask = features.ne(0).any(-1)
-        super().__init__(features=features, mask=mask, boxes=boxes, sizes=sizes, labels=labels)
+        super().__init__(features=features, mask=mask, boxes=boxes, sizes=sizes, labels=labels, triples=triples, confidence=confidence)

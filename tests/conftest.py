@@ -4,6 +4,10 @@ import torch
 from imtm_lite.data import write_world
 
 
+def pytest_configure(config):
+    config.addinivalue_line('markers', "slow: needs a large file; leave out with -m 'not slow'")
+
+
 @pytest.fixture(scope='session')
 def world(tmp_path_factory):
     "A small generated data set, made once."

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import TINY, AttentionPool, MessageAttention, gram, message_weights, refine_messages, unit, weighted_norm
-from ..encoders import BiGRU, Codes, Matcher, RegionEncoder, masked_mean
+from ..encoders import Codes, Matcher, RegionEncoder, masked_mean, text_encoder
 from ..gating import GatedFusion, scalar_gate, unit_messages
 from ..regions import Regions
 from ..text import Captions
@@ -18,10 +18,11 @@ from ..text import Captions
 # %% ../../nbs/14_camp.ipynb #camp-06
 class MessagePassing(Matcher):
     "What both stages of CAMP share: encoders without unit length, and messages in both directions (released code)."
-    def __init__(self, arguments: dict, *, region_width: int, words: int, width: int, word_width: int):
+    def __init__(self, arguments: dict, *, region_width: int, words: int, width: int, word_width: int, text: str | dict):
         super().__init__(arguments)
         self.regions = RegionEncoder(region_width=region_width, width=width, unit=False)
-        self.words = BiGRU(words=words, width=width, word_width=word_width, unit=False)
+        self.words = text_encoder(text=text, words=words, width=width, word_width=word_width, unit=False)
+        self.config['text'] = self.words.architecture
         self.image_side, self.word_side = MessageAttention(width), MessageAttention(width)
 
     def encode_images(self, regions: Regions) -> Codes: return self.image_codes(self.regions(regions), regions.mask)
@@ -45,8 +46,9 @@ class MessagePassing(Matcher):
 class CAMPStage1(MessagePassing):
     "CAMP's first stage (`CrossAttentionNew` of the released code): cosine of the averaged messages, in [-1, 1]."
     def __init__(self, *, region_width: int, words: int, width: int = 1024, word_width: int = 300,
+                 text: str | dict = 'bigru',   # see `text_encoder`
                  count_padding: bool = False): # let padded words into the mean, as released
-        super().__init__(locals(), region_width=region_width, words=words, width=width, word_width=word_width)
+        super().__init__(locals(), region_width=region_width, words=words, width=width, word_width=word_width, text=text)
         self.count_padding = count_padding
 
     def averaged(self, x: Codes, y: Codes) -> Tensor: # (X, Y, 1, K)
@@ -65,11 +67,12 @@ class CAMPStage1(MessagePassing):
 class CAMP(MessagePassing):
     "CAMP (Wang et al. 2019), the released `GatedFusionNew`: scores are probabilities in (0, 1). Variants are for the ablation."
     def __init__(self, *, region_width: int, words: int, width: int = 1024, word_width: int = 300,
+                 text: str | dict = 'bigru', # see `text_encoder`
                  gate: str = 'scalar',      # 'scalar' (released), 'elementwise' (probably the paper's; unverified) or 'none'
                  fusion: str = 'concat',    # 'concat' or 'sum' (released variant), in the fusion and again before the score
                  residual: bool = True,     # add the vector to what was fused
                  pool: str = 'attention'):  # 'attention' (released) or 'mean'
-        super().__init__(locals(), region_width=region_width, words=words, width=width, word_width=word_width)
+        super().__init__(locals(), region_width=region_width, words=words, width=width, word_width=word_width, text=text)
         if pool not in ('attention', 'mean'): raise ValueError(f"pool is 'attention' or 'mean', not {pool!r}")
         self.image_fusion, self.word_fusion = (GatedFusion(width, gate=gate, fusion=fusion, residual=residual) for _ in range(2))
         if pool == 'attention': self.image_pool, self.word_pool = AttentionPool(width), AttentionPool(width)

@@ -1,0 +1,85 @@
+"""What graphs are worth on the generated world: `python -m tools.graphs WORLDS OUT SEED [NAME ...]` (about two minutes a row on one core).
+
+WORLDS/world<SEED> is written if it is not there. Every row is a system or an ablation trained with the same budget; figures of the test split,
+accuracy by probe and by predicate, and recall under a corrupted scene graph go to data/results/graphs-seed<SEED>.json as soon as a row is ready.
+"""
+import fcntl
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from imtm_lite.cli import commit, dev_curves
+from imtm_lite.data import Split, caption_chunks, image_chunks, write_world
+from imtm_lite.recall import evaluate
+from imtm_lite.scenes import INVERSE, WORDINGS
+from imtm_lite.scoring import encode, score, score_pairs
+from imtm_lite.semantic import corrupt_triples
+from imtm_lite.text import Captions
+from imtm_lite.train import load, recipe, train
+
+ROWS = {'scan': ('scan', {}), 'cmsei': ('cmsei', {}), 'cmsei without spatial': ('cmsei', dict(spatial='none')),
+        'cmsei without semantic': ('cmsei', dict(semantic=False)), 'cmsei without both': ('cmsei', dict(spatial='none', semantic=False)),
+        'hire': ('hire', {}), 'hire, only implicit': ('hire', dict(spatial='none', semantic=False)),
+        'hire, explicit-implicit': ('hire', dict(order='explicit-implicit')), 'hire, parallel': ('hire', dict(order='parallel')),
+        'cmsei, IoU graph': ('cmsei', dict(spatial='iou')), 'cmsei, labelled graph': ('cmsei', dict(spatial='labels')),
+        'cmsei without object-sentence': ('cmsei', dict(object_sentence=False)), 'cmsei without word-image': ('cmsei', dict(word_image=False)),
+        'cmsei without object-word': ('cmsei', dict(object_word=False))}
+RATES = (0., .2, .4, .6, .8)
+PHRASES = sorted(((w, p) for d in (WORDINGS, INVERSE) for p, ways in d.items() for w in ways), key=lambda x: -len(x[0]))
+RESULTS = Path(__file__).parent.parent / 'data' / 'results'
+
+
+def predicate(sentence: str) -> str:
+    "Which relation a sentence of the world names names, longest wording first."
+    return next((p for w, p in PHRASES if f' {w} ' in f' {sentence} '), 'none')
+
+
+@torch.no_grad()
+def probes(matcher, split: Split) -> dict[str, dict[str, list]]:
+    "Right answers and questions, by kind of probe and by predicate of the true sentence."
+    asked, out = list(split.probes), defaultdict(lambda: defaultdict(lambda: [0, 0]))
+    images, rows = encode(matcher.encode_images, image_chunks(split)), torch.tensor([p['image'] for p in asked])
+    true, false = (score_pairs(matcher, images, encode(matcher.encode_captions, [Captions.from_text([p[k] for p in asked], matcher.vocab)]), rows) for k in ('true', 'false'))
+    for p, right in zip(asked, (true > false).tolist()):
+        for key in ('all', predicate(p['true'])): out[p['kind']][key] = [n + m for n, m in zip(out[p['kind']][key], (right, 1))]
+    return {k: dict(v) for k, v in out.items()}
+
+
+@torch.no_grad()
+def recall_corrupted(matcher, split: Split, rate: float, seed: int):
+    "Recall when that share of the test pictures' triples is replaced."
+    generator = torch.Generator().manual_seed(seed)
+    wrong = (corrupt_triples(r, rate=rate, predicates=len(split.predicates), generator=generator) for r in image_chunks(split))
+    captions = encode(matcher.encode_captions, caption_chunks(split, matcher.vocab))
+    return evaluate(score(matcher, encode(matcher.encode_images, wrong), captions), torch.from_numpy(split.caption_image))
+
+
+def keep(path: Path, name: str, row: dict, **about):
+    "Add a row to the file; several processes may do so."
+    with open(path.with_suffix('.lock'), 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        record = json.loads(path.read_text()) if path.is_file() else dict(about, rows={})
+        record['rows'][name] = row
+        path.write_text(json.dumps(record, indent=1))
+
+
+if __name__ == '__main__':
+    worlds, out, seed, names = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:] or list(ROWS)
+    world = worlds / f'world{seed}'
+    if not world.exists(): write_world(world, train=2000, dev=200, test=500, seed=seed, pictures=False)
+    test = Split(world, 'test')
+    for name in names:
+        model, arguments = ROWS[name]
+        stage = recipe('cmsei', 'demo')[0] | dict(model=model)                     # one budget for all rows
+        stage['arguments'] = stage['arguments'] | arguments
+        run = out / f'seed{seed}' / name.replace(' ', '-').replace(',', '')
+        matcher = load(train(data=world, out=run, seed=seed, resume=True, device='cpu', progress=False, **stage))
+        at = {str(r): recall_corrupted(matcher, test, r, seed) for r in (RATES if 'triples' in matcher.needs else RATES[:1])}
+        row = dict(model=model, arguments=arguments, i2t=at['0.0'].i2t, t2i=at['0.0'].t2i, rsum=at['0.0'].rsum, probes=probes(matcher, test),
+                   corrupted={r: x.rsum for r, x in at.items()}, dev=dev_curves(run), parameters=sum(p.numel() for p in matcher.parameters()))
+        keep(RESULTS / f'graphs-seed{seed}.json', name, row, seed=seed, protocol='plain', fingerprint=test.fingerprint(), library=commit(),
+             budget='2,000 pictures x 5 sentences, 8 epochs, batch 64, width 128', command=f'python -m tools.graphs WORLDS OUT {seed}')
+        print(name, {k: round(100 * v['all'][0] / v['all'][1]) for k, v in row['probes'].items()}, round(row['rsum'], 1), flush=True)
