@@ -112,14 +112,14 @@ def changed(**typed) -> dict: # only what was typed
 Setting = lambda help: typer.Option(None, help=help, show_default='the preset\'s')
 
 @app.command()
-def train(model: str = typer.Argument(help='vse, scan or camp'), data: Path = typer.Option(..., help='folder with train and dev'),
+def train(model: str = typer.Argument(help='vse, scan, camp, cmsei or hire'), data: Path = typer.Option(..., help='folder with train and dev'),
           out: Path = typer.Option(..., help='folder for checkpoints and log'), preset: str = typer.Option('demo', help='demo, f30k or coco'),
           set_: list[str] = typer.Option([], '--set', help="argument of the model, e.g. --set width=256 --set gate=none"),
           epochs: str = Setting('epochs'), size: str = Setting('pairs in a batch'), lr: str = Setting('learning rate'),
           per_image: str = Setting('captions of an image in an epoch, none: all'), distinct: str = Setting('no image twice in a batch: true or false'),
           criterion: str = Setting('triplet or bce'), margin: str = Setting('of the triplet loss'), soft_epochs: str = Setting('first epochs with all negatives'),
           optimizer: str = Setting('adam, adamw or sgd'), weight_decay: str = Setting('weight decay'), clip: str = Setting('largest gradient norm'),
-          warmup: str = Setting('steps of warm-up'), decay_at: str = Setting('epochs at which the rate falls, e.g. 10,15'), decay: str = Setting('by which factor'),
+          warmup: str = Setting('steps of warm-up'), text_rate: str = Setting('factor on the rate of a pretrained text model'), decay_at: str = Setting('epochs at which the rate falls, e.g. 10,15'), decay: str = Setting('by which factor'),
           frozen: str = Setting('parameters not to train, by prefix, e.g. words,regions'), min_freq: str = Setting('rarer words become <unk>'),
           seed: int = 0, precision: str = typer.Option('no', help='no, bf16 or fp16'), device: str = typer.Option('auto', help='auto or cpu'),
           memory: float = typer.Option(None, help='GiB for scoring tiles', show_default='small on a CPU, 1 on a GPU'), save_every: int = typer.Option(500, help='steps between checkpoints'),
@@ -133,7 +133,7 @@ def train(model: str = typer.Argument(help='vse, scan or camp'), data: Path = ty
     imtm train camp --data data/world --out runs/nogate --set gate=none --epochs 5/2
     """
     typed = changed(epochs=epochs, size=size, lr=lr, per_image=per_image, distinct=distinct, criterion=criterion, margin=margin, soft_epochs=soft_epochs,
-                    optimizer=optimizer, weight_decay=weight_decay, clip=clip, warmup=warmup, decay_at=decay_at, decay=decay, frozen=frozen, min_freq=min_freq)
+                    optimizer=optimizer, weight_decay=weight_decay, clip=clip, warmup=warmup, text_rate=text_rate, decay_at=decay_at, decay=decay, frozen=frozen, min_freq=min_freq)
     changes = typed | ({'arguments': dict(assignment(a) for a in set_)} if set_ else {})
     show_stages(model, preset, recipe(model, preset, changes))
     best = train_recipe(model, data, out, preset=preset, changes=changes, resume=resume, seed=seed, precision=precision, device=device,
@@ -144,6 +144,7 @@ def assignment(text: str) -> tuple[str, object]:
     "name=value"
     name, sign, value = text.partition('=')
     if not sign: raise SettingError(f'--set takes name=value, got {text!r}')
+    if name == 'text': return name, value                                # a folder or a hub name
     if '/' in value: raise SettingError(f'--set {text}: an argument of the model holds for all stages, so it takes one value')
     return name, parse(name, value)
 

@@ -400,7 +400,7 @@ def read_triples(split: Split,
                 ) -> tuple[Tensor, Tensor]: # (B, E, 3) subject row, predicate, object row, -1 padding; (B, E) float32 confidence
     "Scene-graph triples; E is that of the picture with most, and at least 1."
     found = [split.triples[i] for i in rows]
-    E = max(1, *map(len, found))
+    E = max([1, *map(len, found)])
     triples, confidence = np.full((len(rows), E, 3), -1), np.zeros((len(rows), E), np.float32)
     for i, some in enumerate(found):
         if some: triples[i, :len(some)], confidence[i, :len(some)] = (a := np.array(some))[:, :3], a[:, 3]

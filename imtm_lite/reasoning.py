@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/07_graph_reasoning.ipynb #graph-reasoning-15
+# %% ../nbs/07_graph_reasoning.ipynb #graph-reasoning-16
 EPS = 1e-6 # least length to divide by: PyTorch's own, 1e-12, is 0 in float16, and padding would become 0 / 0
 
-# %% ../nbs/07_graph_reasoning.ipynb #graph-reasoning-16
+# %% ../nbs/07_graph_reasoning.ipynb #graph-reasoning-17
 class RelationalConvolution(nn.Module):
     "Mean of the neighbours' messages, a matrix per relation mixed from a few shared ones (R-GCN, Schlichtkrull et al. 2018), plus an embedding of the relation. After CMSEI; equation ours."
     def __init__(self, width: int,    # joint width D
@@ -43,10 +43,10 @@ class RelationalConvolution(nn.Module):
                 mask: Tensor,         # (B, R) True where a region exists
                ) -> Tensor:           # (B, R, D) of unit length, zeros at padding
         "Mean of the messages, ReLU, linear, residual; a region without an edge stays as it is."
-        mean = graph / graph.sum((-2, -1), keepdim=True).clamp(min=1)
-        return F.normalize(v + self.update(v, F.relu(self.messages(v, mean))), dim=-1, eps=EPS) * mask[..., None]
+        degree = graph.sum((2, 3)).clamp(min=1)[..., None]                          # (B, R, 1)
+        return F.normalize(v + self.update(v, F.relu(self.messages(v, graph) / degree)), dim=-1, eps=EPS) * mask[..., None]
 
-# %% ../nbs/07_graph_reasoning.ipynb #graph-reasoning-25
+# %% ../nbs/07_graph_reasoning.ipynb #graph-reasoning-26
 class GatedReasoning(RelationalConvolution):
     "The same messages, let in by an element-wise gate that sees vector and message (as in gated graph networks, Li et al. 2016; equation ours)."
     def __init__(self, width: int,    # joint width D
@@ -59,10 +59,10 @@ class GatedReasoning(RelationalConvolution):
         "What a region adds to itself for what it received."
         return torch.sigmoid(self.gate(torch.cat([v, m], -1))) * self.out(m)
 
-# %% ../nbs/07_graph_reasoning.ipynb #graph-reasoning-27
+# %% ../nbs/07_graph_reasoning.ipynb #graph-reasoning-28
 REASONING = {'convolution': RelationalConvolution, 'gated': GatedReasoning} # both: (width, relations, bases=4)
 
-# %% ../nbs/07_graph_reasoning.ipynb #graph-reasoning-33
+# %% ../nbs/07_graph_reasoning.ipynb #graph-reasoning-34
 class MaskedAttention(nn.Module):
     "Multi-head scaled dot-product attention: the vectors of x ask, those of y answer; projections without bias."
     def __init__(self, width: int,    # D of x and y, a multiple of `heads`
@@ -85,7 +85,7 @@ class MaskedAttention(nn.Module):
         found = F.scaled_dot_product_attention(q, k, u, attn_mask=may)              # (N, heads, L, D / heads)
         return self.out(found.transpose(1, 2).flatten(2)) * some
 
-# %% ../nbs/07_graph_reasoning.ipynb #graph-reasoning-37
+# %% ../nbs/07_graph_reasoning.ipynb #graph-reasoning-38
 class ImplicitReasoning(nn.Module):
     "Every region attends to every region of its picture; a graph may bias it by a learned scalar per relation and head (after ReGAT's released code). After Hire; equation ours."
     def __init__(self, width: int,      # joint width D

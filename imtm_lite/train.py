@@ -401,11 +401,11 @@ RECIPES = {
     'vse': dict(demo=[DEMO | dict(model='vse', arguments=SMALL, epochs=8, soft_epochs=4, decay_at=(6,))], f30k=[released(model='vse')], coco=[released(model='vse')]),
     'scan': dict(demo=[DEMO | dict(model='scan', arguments=SMALL, epochs=5, soft_epochs=1, decay_at=(4,))],
                  f30k=[released(model='scan')], coco=[released(model='scan', lr=5e-4, epochs=20, decay_at=(10,))]),
-    **{model: dict(demo=[DEMO | dict(model=model, arguments=SMALL, epochs=8, soft_epochs=1, decay_at=(6,))],
-                   f30k=[SHNET | dict(model=model)], coco=[SHNET | dict(model=model)]) for model in ('cmsei', 'hire')},
     'camp': dict(demo=[DEMO | dict(model='camp-stage1', arguments=SMALL, lr=1.5e-3, epochs=4, soft_epochs=2, decay_at=(3,)),
                        DEMO | dict(model='camp', arguments=SMALL, size=32, epochs=3, soft_epochs=1, decay_at=(2,), criterion='bce')],
                  f30k=CAMP_F30K, coco=CAMP_F30K), # no settings for COCO were released: Flickr30K's stand in
+    **{model: dict(demo=[DEMO | dict(model=model, arguments=SMALL, epochs=8, soft_epochs=1, decay_at=(6,))],
+                   f30k=[SHNET | dict(model=model)], coco=[SHNET | dict(model=model)]) for model in ('cmsei', 'hire')},
 }
 
 # %% ../nbs/18_training.ipynb #training-43

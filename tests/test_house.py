@@ -57,9 +57,11 @@ def test_modules_import_only_earlier_lessons():
     number = floors()
     for name, floor in number.items():
         tree = ast.parse((ROOT / 'imtm_lite' / f"{name.replace('.', '/')}.py").read_text())
-        inside = [n.module or '' for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.level or (n.module or '').startswith('imtm_lite'))]
+        package = name.split('.')[:-1]                                    # a relative import of level 1 starts here
+        inside = ['.'.join((package[:len(package) + 1 - n.level] if n.level else []) + [n.module or '']) for n in ast.walk(tree)
+                  if isinstance(n, ast.ImportFrom) and (n.level or (n.module or '').startswith('imtm_lite'))]
         for module in inside:
-            module = module.removeprefix('imtm_lite').lstrip('.')
+            module = module.removeprefix('imtm_lite').strip('.')
             assert module == '' or number[module] < floor, f'{name} imports {module}'
 
 

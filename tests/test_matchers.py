@@ -1,5 +1,5 @@
 "What every matcher owes: scores of a pair depend on that pair alone, however it is padded, tiled, ordered or encoded."
-import math
+import inspect, math
 
 import numpy as np
 import pytest
@@ -13,9 +13,13 @@ from imtm_lite.scoring import PeakBytes, encode, score, score_pairs
 from imtm_lite.text import Captions
 from imtm_lite.train import MODELS
 
+PREDICATES = 4
 VARIANTS = [(name, {}) for name in MODELS] + [('scan', dict(direction='i2t')), ('scan', dict(lse=6.)),
             *(('camp', a) for a in (dict(gate='elementwise'), dict(gate='none'), dict(fusion='sum'), dict(residual=False), dict(pool='mean'),
-                                    dict(gate='elementwise', fusion='sum')))]
+                                    dict(gate='elementwise', fusion='sum'))),
+            *(('cmsei', a) for a in (dict(spatial='labels', layers=2), dict(spatial='iou', semantic=False), dict(spatial='none', threshold=.5), dict(reasoning='gated'),
+                                     dict(object_word=False), dict(object_sentence=False), dict(word_image=False), dict(object_word=False, object_sentence=False, word_image=False))),
+            *(('hire', a) for a in (dict(order='explicit-implicit'), dict(order='parallel'), dict(spatial='none', semantic=False)))]
 each = pytest.mark.parametrize('name,arguments', VARIANTS, ids=lambda v: v if isinstance(v, str) else '-'.join(map(str, v.values())))
 
 
@@ -25,11 +29,23 @@ def ragged(dtype, images=6, captions=9, regions=5, words=8):
     features = torch.rand(images, regions, 7, dtype=dtype) * (torch.arange(regions) < have[:, None])[..., None]
     lengths = torch.randint(3, words + 1, (captions,)); lengths[0] = words
     tokens = torch.randint(4, 30, (captions, words)) * (torch.arange(words) < lengths[:, None])
-    return Regions(features=features), Captions(tokens=tokens, lengths=lengths)
+    corner, wide = torch.rand(images, regions, 2, 2, dtype=dtype).sort(-1).values.unbind(2), torch.tensor([640., 480.], dtype=dtype).repeat(images, 1)
+    triples = torch.stack([torch.randint(0, n, (images, 6)) for n in (regions, PREDICATES, regions)], -1)
+    triples[torch.rand(images, 6) < .3] = -1
+    boxes = torch.stack([corner[0][..., 0], corner[1][..., 0], corner[0][..., 1], corner[1][..., 1]], -1)
+    return Regions(features=features, boxes=boxes, sizes=wide, triples=triples, confidence=torch.rand(images, 6, dtype=dtype)), Captions(tokens=tokens, lengths=lengths)
+
+
+def changed(regions, **new):
+    "The same regions with some tensors replaced."
+    return Regions(**(dict(regions.items()) | new))
 
 
 def make(name, arguments, dtype):
-    return MODELS[name](region_width=7, words=30, width=16, word_width=6, **arguments).to(dtype).eval()
+    facts = dict(region_width=7, words=30, predicates=PREDICATES)
+    matcher = MODELS[name](**{k: v for k, v in facts.items() if k in inspect.signature(MODELS[name]).parameters}, width=16, word_width=6, **arguments)
+    for p in matcher.parameters(): p.data += .05 * torch.randn_like(p)        # no layer that starts as zeros may hide
+    return matcher.to(dtype).eval()
 
 
 @torch.no_grad()
@@ -43,7 +59,8 @@ def test_scores_ignore_padding_tiles_and_order(name, arguments, dtype, tolerance
     matcher, (regions, captions) = make(name, arguments, dtype), ragged(dtype)
     scores = scores_of(matcher, regions, captions)
     close = lambda got, want=scores: torch.testing.assert_close(got, want, atol=tolerance, rtol=0)
-    padded = (Regions(features=F.pad(regions.features, (0, 0, 0, 3)), mask=F.pad(regions.mask, (0, 3))),
+    padded = (changed(regions, features=F.pad(regions.features, (0, 0, 0, 3)), mask=F.pad(regions.mask, (0, 3)), boxes=F.pad(regions.boxes, (0, 0, 0, 3), value=.5),
+                      triples=F.pad(regions.triples, (0, 0, 0, 2), value=-1), confidence=F.pad(regions.confidence, (0, 2))),
               Captions(tokens=F.pad(captions.tokens, (0, 40)), lengths=captions.lengths))
     close(scores_of(matcher, *padded))
     alone = torch.stack([torch.cat([scores_of(matcher, regions[b], Captions(tokens=captions.tokens[c:c + 1, :n], lengths=captions.lengths[c:c + 1]))[0]
@@ -62,7 +79,9 @@ def test_scores_ignore_padding_tiles_and_order(name, arguments, dtype, tolerance
 def test_regions_in_any_order(name, arguments):
     matcher, (regions, captions) = make(name, arguments, torch.float64), ragged(torch.float64)
     order = torch.randperm(5)
-    shuffled = Regions(features=regions.features[:, order], mask=regions.mask[:, order])
+    rows = torch.where(regions.triples[..., [0, 2]] < 0, -1, order.argsort()[regions.triples[..., [0, 2]]])     # the triples' rows move along
+    triples = torch.stack([rows[..., 0], regions.triples[..., 1], rows[..., 1]], -1)
+    shuffled = changed(regions, features=regions.features[:, order], mask=regions.mask[:, order], boxes=regions.boxes[:, order], triples=triples)
     torch.testing.assert_close(scores_of(matcher, shuffled, captions), scores_of(matcher, regions, captions), atol=1e-12, rtol=0)
 
 

@@ -157,7 +157,8 @@ def test_messages_come_from_neighbours_only(kind):
 
 @EXPLICIT
 def test_relation_and_direction_count(kind):
-    layer, (v, _, mask) = make(kind), ragged()
+    layer, (v, _, mask) = LAYERS[kind]().double(), ragged()                # as it starts
+    with torch.no_grad(): layer.edge.zero_()                               # the matrices alone must do
     graphs = torch.zeros(3, R, R, K, dtype=torch.float64)
     graphs[0, 0, 1, 2] = graphs[1, 0, 1, 3] = graphs[2, 1, 0, 2] = 1       # the same two regions
     a, b, turned = (layer(v[:1], graph[None], mask[:1])[0] for graph in graphs)
@@ -224,6 +225,36 @@ def test_attention_to_nothing_is_zero_with_finite_gradients(biased):
     out.square().sum().backward()
     leaves = [x, y, *layer.parameters()] + [bias] * biased
     assert all(t.grad.isfinite().all() and t.grad.any() for t in leaves) and not y.grad[0].any()
+
+
+@pytest.mark.parametrize('biased', [False, True])
+def test_any_kernel_will_do(biased, monkeypatch):
+    "Zeros for a row without a choice do not hang on the implementation that PyTorch picks: here is one that makes NaN of it."
+    def bare(q, k, v, attn_mask):
+        logits = q @ k.mT / math.sqrt(q.shape[-1])
+        logits = logits.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else logits + attn_mask
+        return logits.softmax(-1) @ v
+    layer, mask = MaskedAttention(D).double(), torch.rand(3, 5, 6) < .5
+    mask[0], mask[1, 2] = False, False
+    x, y, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 5, D), (3, 6, D), (3, 4, 5, 6)))
+    want = layer(x, y, mask, bias if biased else None)
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', bare)
+    got = layer(x, y, mask, bias if biased else None)
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+    for leaf in [x, y] + [bias] * biased:
+        a, b = (torch.autograd.grad(out.square().sum(), leaf, retain_graph=True)[0] for out in (got, want))
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_attention_takes_a_bias_of_another_type(monkeypatch):
+    layer, mask, kernel = MaskedAttention(D).bfloat16(), torch.rand(3, 5, 6) < .7, F.scaled_dot_product_attention
+    x, y, bias = torch.randn(3, 5, D), torch.randn(3, 6, D), torch.randn(3, 4, 5, 6)
+    def strict(q, k, v, attn_mask):                                        # as on a GPU
+        assert attn_mask.dtype == q.dtype
+        return kernel(q, k, v, attn_mask=attn_mask)
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', strict)
+    got = layer(x.bfloat16(), y.bfloat16(), mask, bias)
+    torch.testing.assert_close(got.float(), layer.float()(x, y, mask, bias), atol=.05, rtol=0)
 
 
 @ALL

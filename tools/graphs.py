@@ -6,6 +6,7 @@ accuracy by probe and by predicate, and recall under a corrupted scene graph go 
 import fcntl
 import json
 import sys
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def recall_corrupted(matcher, split: Split, rate: float, seed: int):
 
 def keep(path: Path, name: str, row: dict, **about):
     "Add a row to the file; several processes may do so."
-    with open(path.with_suffix('.lock'), 'w') as lock:
+    with open(Path(tempfile.gettempdir()) / f'{path.name}.lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         record = json.loads(path.read_text()) if path.is_file() else dict(about, rows={})
         record['rows'][name] = row
