@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['TINY', 'masked_softmax', 'gram', 'weighted_norm', 'scan_attention', 'agreement', 'pool_agreement', 'SCAN',
-           'whole_cosine', 'whole_attention', 'MessageAttention', 'unit', 'message_weights', 'refine_messages',
-           'AttentionPool']
+           'whole_attention', 'MessageAttention', 'unit', 'message_weights', 'refine_messages', 'AttentionPool']
 
 # %% ../nbs/08_interactive_attention.ipynb #interactive-attention-03
 import math
@@ -43,13 +42,11 @@ def scan_attention(cosine: Tensor,  # (X, Y, L, K) cosines of the L vectors of i
                    x_mask: Tensor,  # (X, L) True where a vector exists
                    y_mask: Tensor,  # (Y, K)
                    temperature: float,
-                   prior: Tensor | None = None, # (X, Y, K) added to the logits of all L, see "Two levels"
                   ) -> Tensor:      # (X, Y, L, K) weights over the K
     "SCAN's attention weights (Lee et al. 2018, released code): leaky ReLU, scaled over the asking side, softmax."
     s = F.leaky_relu(cosine, .1) * x_mask[:, None, :, None]     # padding must not count in the scaling
     s = s / s.square().sum(2, keepdim=True).clamp(min=1e-16).sqrt()
-    logits = temperature * s if prior is None else temperature * s + prior[:, :, None]
-    return masked_softmax(logits, y_mask[None, :, None, :])
+    return masked_softmax(temperature * s, y_mask[None, :, None, :])
 
 # %% ../nbs/08_interactive_attention.ipynb #interactive-attention-16
 def agreement(cosine: Tensor,  # (X, Y, L, K)
@@ -107,19 +104,13 @@ class SCAN(Matcher):
         return self.attend(images, captions)[1].transpose(2, 3)
 
 # %% ../nbs/08_interactive_attention.ipynb #interactive-attention-24-a
-def whole_cosine(vector: Tensor, # (X, D) one unit vector per item
-                 y: Tensor,      # (Y, K, D) unit vectors of the other side
-                ) -> Tensor:     # (X, Y, K)
-    "What a whole item has in common with each position of the other side (cross-level; after CMSEI, equation ours)."
-    return torch.einsum('xd,ykd->xyk', vector, y)
-
 def whole_attention(vector: Tensor, # (X, D) one unit vector per item
                     y: Tensor,      # (Y, K, D) unit vectors of the other side
                     y_mask: Tensor, # (Y, K)
                     temperature: float, # 0: all positions alike
                    ) -> Tensor:     # (X, Y, K) summing to 1
-    "Weights over positions, asked by a whole item."
-    return masked_softmax(temperature * whole_cosine(vector, y), y_mask[None])
+    "How much each position of the other side has to do with a whole item (cross-level attention; after CMSEI, equation ours)."
+    return masked_softmax(temperature * torch.einsum('xd,ykd->xyk', vector, y), y_mask[None])
 
 # %% ../nbs/08_interactive_attention.ipynb #interactive-attention-25
 class MessageAttention(nn.Module):

@@ -1,4 +1,4 @@
-"""What graphs are worth on the generated world: `python -m tools.graphs WORLDS OUT SEED [NAME ...]` (about two minutes a row on one core).
+"""What graphs are worth on the generated world: `python -m tools.graphs WORLDS OUT SEED [NAME ...]` (about four minutes a row on one core).
 
 WORLDS/world<SEED> is written if it is not there. Every row is a system or an ablation trained with the same budget; figures of the test split,
 accuracy by probe and by predicate, and recall under a corrupted scene graph go to data/results/graphs-seed<SEED>.json as soon as a row is ready.
@@ -25,8 +25,8 @@ ROWS = {'scan': ('scan', {}), 'cmsei': ('cmsei', {}), 'cmsei without spatial': (
         'cmsei without semantic': ('cmsei', dict(semantic=False)), 'cmsei without both': ('cmsei', dict(spatial='none', semantic=False)),
         'hire': ('hire', {}), 'hire, only implicit': ('hire', dict(spatial='none', semantic=False)),
         'hire, explicit-implicit': ('hire', dict(order='explicit-implicit')), 'hire, parallel': ('hire', dict(order='parallel')),
-        'cmsei, IoU graph': ('cmsei', dict(spatial='iou')), 'cmsei, labelled graph': ('cmsei', dict(spatial='labels')),
-        'cmsei without object-sentence': ('cmsei', dict(object_sentence=False)), 'cmsei without word-image': ('cmsei', dict(word_image=False)),
+        'cmsei, IoU graph': ('cmsei', dict(spatial='iou')), 'cmsei, polar graph': ('cmsei', dict(spatial='polar')),
+        'cmsei without object-sentence': ('cmsei', dict(object_sentence=0.)), 'cmsei without word-image': ('cmsei', dict(word_image=0.)),
         'cmsei without object-word': ('cmsei', dict(object_word=False))}
 RATES = (0., .2, .4, .6, .8)
 PHRASES = sorted(((w, p) for d in (WORDINGS, INVERSE) for p, ways in d.items() for w in ways), key=lambda x: -len(x[0]))
@@ -82,5 +82,5 @@ if __name__ == '__main__':
         row = dict(model=model, arguments=arguments, i2t=at['0.0'].i2t, t2i=at['0.0'].t2i, rsum=at['0.0'].rsum, probes=probes(matcher, test),
                    corrupted={r: x.rsum for r, x in at.items()}, dev=dev_curves(run), parameters=sum(p.numel() for p in matcher.parameters()))
         keep(RESULTS / f'graphs-seed{seed}.json', name, row, seed=seed, protocol='plain', fingerprint=test.fingerprint(), library=commit(),
-             budget='2,000 pictures x 5 sentences, 8 epochs, batch 64, width 128', command=f'python -m tools.graphs WORLDS OUT {seed}')
+             budget='2,000 pictures x 5 sentences, 10 epochs, batch 128, width 128', command=f'python -m tools.graphs WORLDS OUT {seed}')
         print(name, {k: round(100 * v['all'][0] / v['all'][1]) for k, v in row['probes'].items()}, round(row['rsum'], 1), flush=True)

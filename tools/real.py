@@ -1,6 +1,6 @@
 """CMSEI and Hire beside SCAN on Flickr8k regions, dev split: `python -m tools.real DATA OUT SEED [NAME ...]` (a quarter of an hour a row on one core).
 
-DATA is a folder in the layout of data/README.md with boxes and triples. Every row has the same budget; figures go to data/results/flickr8k-graphs.json.
+DATA is a folder in the layout of data/README.md with boxes and triples. Every row has the same budget; figures go to data/results/graphs-flickr8k.json.
 """
 import sys
 from pathlib import Path
@@ -22,6 +22,6 @@ if __name__ == '__main__':
         matcher = load(train(model, data, run, arguments=SIZES | arguments, seed=seed, resume=True, device='cpu', progress=False, **BUDGET))
         r = split_recall(matcher, dev, matcher.vocab)
         row = dict(model=model, arguments=arguments, seed=seed, i2t=r.i2t, t2i=r.t2i, rsum=r.rsum, dev=dev_curves(run), parameters=sum(p.numel() for p in matcher.parameters()))
-        keep(RESULTS / 'flickr8k-graphs.json', f'{name}, seed {seed}', row, split='dev', protocol='plain', fingerprint=dev.fingerprint(), library=commit(),
+        keep(RESULTS / 'graphs-flickr8k.json', f'{name}, seed {seed}', row, split='dev', protocol='plain', fingerprint=dev.fingerprint(), library=commit(),
              budget='captions seen 3 times, batch 64, width 128', command='python -m tools.real DATA OUT SEED')
         print(name, seed, r, flush=True)

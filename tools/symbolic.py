@@ -1,7 +1,7 @@
 """Real scene graphs without pictures: `python -m tools.symbolic GRAPHS OUT [NAME ...]`, GRAPHS a file of the form of f30k_graphs/val.jsonl.
 
 A region is its detector label (one-hot, so the first layer is a label embedding) and its box. Five folds over the pictures; of the four that train,
-100 pictures choose the epoch. Mean over the folds goes to data/results/f30k-graphs.json.
+100 pictures choose the epoch. Mean over the folds goes to data/results/graphs-f30k.json.
 """
 import json
 import shutil
@@ -56,5 +56,5 @@ if __name__ == '__main__':
             print(name, fold, found[-1], flush=True)
         mean = lambda rows: [round(float(x), 2) for x in np.mean(rows, 0)]
         row = dict(model=model, arguments=arguments, i2t=mean([r.i2t for r in found]), t2i=mean([r.t2i for r in found]), rsum=float(np.mean([r.rsum for r in found])), folds=[r.rsum for r in found])
-        keep(RESULTS / 'f30k-graphs.json', name, row, pictures=len(lines), protocol=f'plain, mean of {FOLDS} folds of about {len(lines) // FOLDS} test pictures', library=commit(),
+        keep(RESULTS / 'graphs-f30k.json', name, row, pictures=len(lines), protocol=f'plain, mean of {FOLDS} folds of about {len(lines) // FOLDS} test pictures', library=commit(),
              budget='711 or so pictures x 5 sentences, 6 epochs, batch 64, width 128, seed 0', command='python -m tools.symbolic GRAPHS OUT')

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import agreement, gram, scan_attention, whole_attention, whole_cosine
+from ..attention import agreement, gram, masked_softmax, scan_attention, whole_attention
 from ..encoders import Codes, Matcher, RegionEncoder, masked_mean, text_encoder
 from ..reasoning import REASONING
 from ..regions import Regions
@@ -27,16 +27,15 @@ class CMSEI(Matcher):
                  predicates: int,               # lines of predicates.txt
                  width: int = 1024, word_width: int = 300,
                  text: str | dict = 'bigru',    # see `text_encoder`
-                 spatial: str = 'polar',        # 'polar', 'labels', 'iou' or 'none': which graph of positions
+                 spatial: str = 'labels',       # 'labels', 'polar', 'iou' or 'none': which graph of positions
                  semantic: bool = True,         # use the scene graph
                  threshold: float = 0.,         # triples of less confidence are left out
                  reasoning: str = 'convolution', # or 'gated'
                  layers: int = 1,               # of reasoning along each graph
                  object_word: bool = True,      # every word chooses regions; False: only whole sentence and whole picture do
-                 object_sentence: bool = True,  # the sentence helps to choose regions
-                 word_image: bool = True,       # the picture says how much each word counts
-                 temperature: float = 9.,       # of words over regions (SCAN's)
-                 level: float = 4.):            # temperature of both cross-level attentions
+                 object_sentence: float = 1.,   # temperature with which the sentence chooses objects; 0: all alike
+                 word_image: float = 4.,        # temperature with which the picture chooses words; 0: all alike
+                 temperature: float = 9.):      # of words over regions (SCAN's)
         super().__init__(locals())
         for name, given, choice in (('spatial', spatial, (*SPATIAL_GRAPHS, 'none')), ('reasoning', reasoning, tuple(REASONING))):
             if given not in choice: raise ValueError(f'{name} is one of {", ".join(choice)}, not {given!r}')
@@ -49,7 +48,7 @@ class CMSEI(Matcher):
         if semantic: self.graphs['semantic'] = partial(semantic_graph, predicates=predicates, threshold=threshold)
         relations = dict(spatial=SPATIAL_GRAPHS.get(spatial, (None, 0))[1], semantic=2 * predicates)
         self.reasoning = nn.ModuleDict({name: nn.ModuleList(REASONING[reasoning](width, relations[name]) for _ in range(layers)) for name in self.graphs})
-        self.temperature, self.levels = temperature, (level * object_sentence, level * word_image)
+        self.temperature, self.levels = temperature, (object_sentence, word_image)
 
     def explicit(self, v: Tensor, mask: Tensor, graphs: dict[str, Tensor]) -> Tensor: # (B, R, D), unit length
         "Reasoning along the spatial graph, then along the semantic one."
@@ -71,23 +70,22 @@ class CMSEI(Matcher):
         return Codes(x=t, mask=captions.mask, gram=gram(t), vector=F.normalize(masked_mean(t, captions.mask), dim=-1))
 
     def attend(self, images: Codes, captions: Codes) -> tuple[Tensor, Tensor]: # both (C, B, T, R): cosines, weights
-        "Object-word attention, with object-sentence attention as its prior."
+        "Object-word attention: SCAN's, words over regions."
         cosine = torch.einsum('ctd,brd->cbtr', captions.x, images.x)
-        prior = self.levels[0] * whole_cosine(captions.vector, images.x) if self.levels[0] else None
-        return cosine, scan_attention(cosine, captions.mask, images.mask, self.temperature, prior)
+        return cosine, scan_attention(cosine, captions.mask, images.mask, self.temperature)
 
     def match(self, images: Codes, captions: Codes) -> Tensor: # (B, C)
-        if not self.config['object_word']: return self.match_whole(images, captions)
-        r = agreement(*self.attend(images, captions), images.gram)                         # (C, B, T)
-        beta = whole_attention(images.vector, captions.x, captions.mask, self.levels[1])   # (B, C, T)
-        return (beta * r.transpose(0, 1)).sum(-1)
+        alpha = whole_attention(captions.vector, images.x, images.mask, self.levels[0])[:, :, None]   # (C, B, 1, R) object-sentence
+        if not self.config['object_word']: return self.match_whole(images, captions, alpha)
+        cosine, weights = self.attend(images, captions)
+        beta = masked_softmax(self.levels[1] * agreement(cosine, alpha, images.gram), captions.mask[:, None]) # (C, B, T) word-image
+        return (beta * agreement(cosine, weights, images.gram)).sum(-1).T
 
-    def match_whole(self, images: Codes, captions: Codes) -> Tensor: # (B, C)
+    def match_whole(self, images: Codes, captions: Codes, alpha: Tensor) -> Tensor: # (B, C)
         "Without object-word attention: the sentence and the regions it chose, the picture and the words it chose."
-        a = whole_attention(captions.vector, images.x, images.mask, self.levels[0])[:, :, None]         # (C, B, 1, R)
-        b = whole_attention(images.vector, captions.x, captions.mask, self.levels[1])[:, :, None]       # (B, C, 1, T)
-        s = agreement(whole_cosine(captions.vector, images.x)[:, :, None], a, images.gram)[..., 0].T
-        return (s + agreement(whole_cosine(images.vector, captions.x)[:, :, None], b, captions.gram)[..., 0]) / 2
+        beta = whole_attention(images.vector, captions.x, captions.mask, self.levels[1])[:, :, None]  # (B, C, 1, T)
+        s, g = torch.einsum('cd,brd->cbr', captions.vector, images.x), torch.einsum('bd,ctd->bct', images.vector, captions.x)
+        return (agreement(s[:, :, None], alpha, images.gram)[..., 0].T + agreement(g[:, :, None], beta, captions.gram)[..., 0]) / 2
 
     def attention(self, images: Codes, captions: Codes) -> Tensor | None: # (B, C, T, R)
         return self.attend(images, captions)[1].transpose(0, 1) if self.config['object_word'] else None
@@ -102,10 +100,11 @@ def edge_influence(matcher: CMSEI,     # or one of its kind
     "How much the score falls when what region j says to region i along a graph, all relations together, is taken out: [i, j]."
     graphs, said = {name: graph(regions) for name, graph in matcher.graphs.items()}, matcher.encode_captions(captions)
     score = lambda graphs, n: matcher.match(matcher.image_codes(regions[[0] * n], graphs), said)[:, 0]
-    whole, falls = score(graphs, 1), {name: torch.zeros(graph.shape[1:3]) for name, graph in graphs.items()}
+    whole = score(graphs, 1)
+    falls = {name: whole.new_zeros(graph.shape[1:3]) for name, graph in graphs.items()}
     for name, graph in graphs.items():
         for i, j in (some.unbind(1) for some in graph[0].any(-1).nonzero().split(size)):
             copies = {n: g.repeat(len(i), 1, 1, 1) for n, g in graphs.items()}
             copies[name][torch.arange(len(i)), i, j] = 0
-            falls[name][i, j] = (whole - score(copies, len(i))).cpu()
+            falls[name][i, j] = whole - score(copies, len(i))
     return falls

@@ -20,9 +20,8 @@ class Hire(CMSEI):
     def __init__(self, *, region_width: int, words: int, predicates: int, width: int = 1024, word_width: int = 300, text: str | dict = 'bigru',
                  order: str = 'implicit-explicit', # or 'explicit-implicit', 'parallel'
                  heads: int = 4,                   # of the self-attention
-                 spatial: str = 'polar', semantic: bool = True, threshold: float = 0., reasoning: str = 'convolution', layers: int = 1,
-                 object_word: bool = True, object_sentence: bool = True, word_image: bool = True,
-                 temperature: float = 9., level: float = 4.): # all these as in `CMSEI`
+                 spatial: str = 'labels', semantic: bool = True, threshold: float = 0., reasoning: str = 'convolution', layers: int = 1,
+                 object_word: bool = True, object_sentence: float = 1., word_image: float = 4., temperature: float = 9.): # all these as in `CMSEI`
         given = {k: v for k, v in locals().items() if k not in ('self', '__class__')}
         if order not in ORDERS: raise ValueError(f'order is one of {", ".join(ORDERS)}, not {order!r}')
         super().__init__(**{k: v for k, v in given.items() if k not in ('order', 'heads')})
