@@ -43,6 +43,7 @@ class RelationalConvolution(nn.Module):
                 mask: Tensor,         # (B, R) True where a region exists
                ) -> Tensor:           # (B, R, D) of unit length, zeros at padding
         "Mean of the messages, ReLU, linear, residual; a region without an edge stays as it is."
+        graph = graph.to(v.dtype)
         degree = graph.sum((2, 3)).clamp(min=1)[..., None]                          # (B, R, 1)
         return F.normalize(v + self.update(v, F.relu(self.messages(v, graph) / degree)), dim=-1, eps=EPS) * mask[..., None]
 
@@ -87,7 +88,7 @@ class MaskedAttention(nn.Module):
 
 # %% ../nbs/07_graph_reasoning.ipynb #graph-reasoning-38
 class ImplicitReasoning(nn.Module):
-    "Every region attends to every region of its picture; a graph may bias it by a learned scalar per relation and head (after ReGAT's released code). After Hire; equation ours."
+    "Every region attends to every region of its picture; a graph may bias it by a learned scalar per relation and head (after ReGAT's label bias, but unmasked and per head). After Hire; equation ours."
     def __init__(self, width: int,      # joint width D
                  relations: int = 0,    # channels of the graph, K; 0: no graph
                  *, heads: int = 4):
@@ -106,6 +107,6 @@ class ImplicitReasoning(nn.Module):
         if self.bias is not None:
             found = 0 if graph is None else graph.shape[-1]
             if found != len(self.bias): raise ValueError(f'a graph of {found} relations for a layer of {len(self.bias)}')
-            bias = (graph @ self.bias).permute(0, 3, 1, 2)                          # (B, heads, R, R)
+            bias = (graph.to(v.dtype) @ self.bias).permute(0, 3, 1, 2)              # (B, heads, R, R)
         x = self.norm(v)
         return F.normalize(v + self.attend(x, x, mask[:, None], bias), dim=-1, eps=EPS) * mask[..., None]

@@ -56,7 +56,7 @@ def semantic_graph(regions: Regions,
     weight = weight.masked_fill(~edge | (regions.confidence < threshold), 0).to(regions.features.dtype)
     graph = weight.new_zeros(B, R, R, 2 * predicates)
     for i, j, k in ((s, o, p), (o, s, predicates + p)):                               # said twice: the larger weight stays
-        graph.view(B, -1).scatter_reduce_(1, (i * R + j) * 2 * predicates + k, weight, 'amax')
+        graph.flatten(1).scatter_reduce_(1, (i * R + j) * 2 * predicates + k, weight, 'amax')
     return graph
 
 # %% ../nbs/06_semantic_graph.ipynb #semantic-graph-34
@@ -74,6 +74,7 @@ def corrupt_triples(regions: Regions,
     hit = real & (draw(*s.shape) < rate)
     q = (p + 1 + (draw(*s.shape) * (predicates - 1)).long().clamp(max=predicates - 2)) % predicates
     rows = torch.arange(regions.mask.shape[1], device=s.device)
+    if not len(rows): return regions                                                  # no regions, no triples
     free = regions.mask[:, None] & (rows != s[..., None]) & (rows != o[..., None])    # (B, E, R)
     to = torch.where(free.any(-1), draw(*free.shape).masked_fill(~free, -1).argmax(-1), o)
     changed = torch.where(hit[..., None], torch.stack([s, q, to], -1), triples)
@@ -96,6 +97,7 @@ def _nearest(bbox: list, boxes, least: float) -> list[int]: # the region of each
     "The region that each box overlaps most, if by `least` or more."
     for k, box in enumerate(bbox):
         if len(box) != 4: raise ValueError(f'bbox[{k}] is {box}: expected x0, y0, x1, y1')
+    if not len(boxes): return [-1] * len(bbox)
     best, row = iou(torch.tensor(bbox, dtype=torch.float64).view(-1, 4), torch.as_tensor(boxes).double()).max(-1)
     return row.masked_fill(best < least, -1).tolist()
 
@@ -179,13 +181,15 @@ class _RelationCounts:
     "Counts of pairs, related pairs and predicates by the classes of two regions and the arrangement of their boxes."
     def __init__(self, classes: list[str], predicates: list[str]):
         self.classes, self.predicates = list(classes), list(predicates)
+        if not self.predicates: raise ValueError('a relation prior needs at least one predicate')
         self.C, self.P, self.W = 1 + len(self.classes), len(self.predicates), 2 + len(self.predicates)
         self._sums, self.keys, self.counts = None, *torch.zeros(2, 0, dtype=torch.long) # key: context * W + predicate, or + P of a pair, + P + 1 of a related one
 
-    def context(self, regions: Regions) -> Tensor: # (B, R, R) int64: class of i, class of j, relation label of i with respect to j, as one number
+    def context(self, regions: Regions) -> Tensor: # (B, R, R) int64: class of i, class of j, relation label of i with respect to j
+        "Classes and arrangement of every pair as one number."
         if regions.labels is None: raise ValueError('a relation prior needs the labels of the regions, and these have none: {split}_labels.npy of a data set')
         s = regions.labels + 1
-        if not 0 <= s.min() <= s.max() < self.C: raise ValueError(f'labels go from {s.min() - 1} to {s.max() - 1}: expected -1 to {self.C - 2}, the classes of the prior')
+        if s.numel() and not 0 <= s.min() <= s.max() < self.C: raise ValueError(f'labels go from {s.min() - 1} to {s.max() - 1}: expected -1 to {self.C - 2}, the classes of the prior')
         return (s[:, :, None] * self.C + s[:, None]) * _A + relation_labels(regions)
 
     def count(self, regions: Regions): # with boxes, sizes, labels and triples; on the CPU
@@ -266,6 +270,7 @@ class RelationPrior(_RelationCounts):
 
     @staticmethod
     def load(path: str | Path) -> 'RelationPrior':
+        "A stored prior; refuses what is none."
         if not Path(path).is_file(): raise FileNotFoundError(f'{path}: no relation prior there; make one with RelationPrior(...).fit(split).save(path)')
         try:
             with safe_open(path, 'pt') as f:

@@ -104,5 +104,5 @@ def polar_graph(regions: Regions,
     weight = (towards[..., None] * away[..., None, :]).flatten(-2)
     return weight.masked_fill(~pairs(regions.boxes, regions.mask)[..., None], 0).to(regions.features.dtype)
 
-# %% ../nbs/05_spatial_graph.ipynb #spatial-graph-50
+# %% ../nbs/05_spatial_graph.ipynb #spatial-graph-52
 SPATIAL_GRAPHS = {'iou': (iou_graph, 1), 'polar': (polar_graph, 16), 'labels': (labelled_graph, 11)} # kind -> function, number of relations

@@ -1,8 +1,10 @@
 "The `imtm` program as a person meets it: output, pictures, one line and exit code 2 for faults."
-import json, subprocess, sys
+import json, shutil, subprocess, sys
 
 import numpy as np
 import pytest
+
+from imtm_lite.data import Split
 
 IMTM = [sys.executable, '-c', 'from imtm_lite.cli import main; main()']
 
@@ -20,7 +22,7 @@ def run(world, tmp_path_factory):
 
 
 def test_help_has_examples():
-    for command in ('world', 'check', 'train', 'eval', 'search', 'demo'):
+    for command in ('world', 'check', 'triples', 'train', 'eval', 'search', 'demo'):
         assert f'imtm {command}' in ' '.join(imtm(command, '--help').stdout.split()), command
 
 
@@ -88,3 +90,14 @@ def test_a_broken_data_set_stops_training_in_one_line(world, tmp_path):
     np.save(broken / 'train_ims.npy', features)
     one_line(imtm('train', 'vse', '--data', broken, '--out', tmp_path / 'run'), 'train_ims.npy', 'row 7')
     assert imtm('check', broken).returncode == 2
+
+
+def test_triples_are_guessed_where_there_are_none(world, tmp_path):
+    data = shutil.copytree(world, tmp_path / 'bare', ignore=shutil.ignore_patterns('*triples*', 'predicates.txt', 'pictures'))
+    one_line(imtm('triples', data, '--like', data), 'train_triples.jsonl: this file is missing, and the relation prior needs it')
+    assert not (data / 'predicates.txt').exists()
+    out = imtm('triples', data, '--like', world, '--threshold', .2)
+    assert out.returncode == 0, out.stderr
+    found = Split(data, 'test').triples
+    assert sum(map(len, found)) > 0 and all(t[3] >= .2 for some in found for t in some)
+    one_line(imtm('triples', data, '--like', world), 'is there already')

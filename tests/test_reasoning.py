@@ -277,6 +277,20 @@ def test_smaller_types(kind, dtype):
 
 
 @ALL
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32, torch.float64])
+def test_a_graph_of_another_type(kind, dtype):
+    layer, (v, graph, mask) = make(kind).to(dtype), ragged()
+    for other in (torch.float16, torch.float64): assert torch.equal(layer(v.to(dtype), graph.to(other), mask), layer(v.to(dtype), graph.to(other).to(dtype), mask))
+
+
+@ALL
+@pytest.mark.parametrize('B, R', [(0, 7), (3, 0)])
+def test_nothing_to_do(kind, B, R):
+    layer = make(kind)
+    assert layer(torch.zeros(B, R, D).double(), torch.zeros(B, R, R, K).double(), torch.ones(B, R, dtype=torch.bool)).shape == (B, R, D)
+
+
+@ALL
 def test_nothing_is_made_on_another_device(kind):
     v, graph, mask = (t.to('meta') for t in ragged())
     assert make(kind).to('meta')(v, graph, mask).shape == (B, R, D)

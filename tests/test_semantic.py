@@ -99,6 +99,18 @@ def test_numbers_out_of_range(triple, said):
         assert '\n' not in str(fault.value)
 
 
+@pytest.mark.parametrize('B, R, E', [(0, 7, 25), (0, 0, 0), (3, 0, 0), (3, 7, 0), (3, 0, 4)])
+def test_nothing_to_do(B, R, E):
+    r = Regions(features=torch.ones(B, R, 5), mask=torch.ones(B, R, dtype=torch.bool), boxes=torch.rand(B, R, 4), sizes=torch.full((B, 2), 100.),
+                labels=torch.zeros(B, R, dtype=torch.long), triples=torch.full((B, E, 3), -1), confidence=torch.zeros(B, E))
+    broken = corrupt_triples(r, rate=1., predicates=P, generator=torch.Generator())
+    prior = RelationPrior(classes=CLASSES, predicates=NAMES)
+    assert torch.equal(broken.triples, r.triples) and prior.context(r).shape == (B, R, R) and prior.triples(r) == [[]] * B
+    if R or not E:
+        assert semantic_graph(r, predicates=P).shape == (B, R, R, 2 * P) and not semantic_graph(r, predicates=P).any()
+        assert prior.count(r).triples(r) == [[]] * B
+
+
 def test_bad_arguments():
     r = one([0, 1, 2])
     with pytest.raises(ValueError, match='triples and confidence'): semantic_graph(Regions(features=r.features), predicates=P)
@@ -150,6 +162,8 @@ def test_triples_from_detector():
     assert triples_from_detector(tensors, predicates=3, boxes=boxes) == [[2, 0, 3, .9], [3, 2, 1, .2]]
     assert triples_from_detector(found, predicates=3, boxes=boxes, min_iou=.99) == []
     empty = dict(bbox=[], rel_pairs=[], rel_labels=[], rel_scores=[])
+    lost = Counter()
+    assert triples_from_detector(found, predicates=3, boxes=torch.zeros(0, 4), lost=lost) == [] and lost == {'no region': 5, 'background': 1}   # no regions of ours
     assert triples_from_detector(empty, predicates=3, boxes=boxes) == triples_from_detector(empty, predicates=3) == []
 
 
@@ -273,6 +287,7 @@ def test_prior_is_stored_and_checked(world, tmp_path):
         write()
         with pytest.raises(ValueError, match='not a relation prior') as fault: RelationPrior.load(path)
         assert '\n' not in str(fault.value)
+    with pytest.raises(ValueError, match='at least one predicate'): RelationPrior(classes=CLASSES, predicates=[])
     with pytest.raises(ValueError, match='above 0'): RelationPrior(classes=CLASSES, predicates=NAMES, strength=0)
     with pytest.raises(ValueError, match='differs from the classes'): prior.fit(Split(world, 'train'))
     with pytest.raises(ValueError, match='expected -1 to 3'): prior.count(Regions(**dict(r.items()) | dict(labels=r.labels + 4)))

@@ -97,6 +97,18 @@ def test_directions_mean_what_they_say(x, y, want):
     assert ELEVEN[relation_labels(r)[0, 0, 1] - 1] == want
 
 
+def test_borders_of_sectors_on_a_grid():
+    step = torch.arange(3).double() / 4 + .25                              # exact binary fractions: axes and diagonals only, and knight's moves
+    centre = torch.cartesian_prod(step, step)
+    r = Regions(features=torch.ones(1, 9, 1).double(), boxes=torch.cat([centre - .0625, centre + .0625], -1)[None], sizes=torch.tensor([[128, 128]]))
+    names = {tuple((8 * (centre[i] - centre[j])).int().tolist()): ELEVEN[relation_labels(r, reach=1.)[0, i, j] - 1] for i in range(9) for j in range(9) if i != j}
+    begins = {(1, 0): 'right, below', (1, 1): 'below, right', (0, 1): 'below, left', (-1, 1): 'left, below', (-1, 0): 'left, above', (-1, -1): 'above, left',
+              (0, -1): 'above, right', (1, -1): 'right, above'}
+    for (x, y), name in begins.items():
+        for k in (2, 4): assert names[k * x, k * y] == name
+    assert torch.equal(labelled_graph(r, reach=1.), by_loops(lambda a, b: label(a, b, 1.), r, 11))
+
+
 def test_inside_cover_overlap():
     big, small, shifted = (10, 10, 60, 60), (20, 20, 30, 30), (15, 10, 65, 60)
     names = [[ELEVEN[k - 1] if k else None for k in row] for row in relation_labels(scene(big, small, shifted, big))[0].tolist()]
