@@ -79,7 +79,7 @@ if __name__ == '__main__':
         run = out / f'seed{seed}' / name.replace(' ', '-').replace(',', '')
         matcher = load(train(data=world, out=run, seed=seed, resume=True, device='cpu', progress=False, **stage))
         at = {str(r): recall_corrupted(matcher, test, r, seed) for r in (RATES if name in SPOILT else RATES[:1])}
-        row = dict(model=model, arguments=arguments, i2t=at['0.0'].i2t, t2i=at['0.0'].t2i, rsum=at['0.0'].rsum, probes=probes(matcher, test),
+        row = dict(library=commit(), model=model, arguments=arguments, i2t=at['0.0'].i2t, t2i=at['0.0'].t2i, rsum=at['0.0'].rsum, probes=probes(matcher, test),
                    corrupted={r: x.rsum for r, x in at.items()}, dev=dev_curves(run), parameters=sum(p.numel() for p in matcher.parameters()))
         keep(RESULTS / f'graphs-seed{seed}.json', name, row, seed=seed, protocol='plain', fingerprint=test.fingerprint(), library=commit(),
              budget='2,000 pictures x 5 sentences, 10 epochs, batch 128, width 128', command=f'python -m tools.graphs WORLDS OUT {seed}')

@@ -21,7 +21,7 @@ if __name__ == '__main__':
         run = out / f'seed{seed}' / name.replace(' ', '-').replace(',', '')
         matcher = load(train(model, data, run, arguments=SIZES | arguments, seed=seed, resume=True, device='cpu', progress=False, **BUDGET))
         r = split_recall(matcher, dev, matcher.vocab)
-        row = dict(model=model, arguments=arguments, seed=seed, i2t=r.i2t, t2i=r.t2i, rsum=r.rsum, dev=dev_curves(run), parameters=sum(p.numel() for p in matcher.parameters()))
+        row = dict(library=commit(), model=model, arguments=arguments, seed=seed, i2t=r.i2t, t2i=r.t2i, rsum=r.rsum, dev=dev_curves(run), parameters=sum(p.numel() for p in matcher.parameters()))
         keep(RESULTS / 'graphs-flickr8k.json', f'{name}, seed {seed}', row, split='dev', protocol='plain', fingerprint=dev.fingerprint(), library=commit(),
              budget='captions seen 3 times, batch 64, width 128', command='python -m tools.real DATA OUT SEED')
         print(name, seed, r, flush=True)

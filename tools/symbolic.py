@@ -55,6 +55,6 @@ if __name__ == '__main__':
             found.append(split_recall(matcher, test, matcher.vocab))
             print(name, fold, found[-1], flush=True)
         mean = lambda rows: [round(float(x), 2) for x in np.mean(rows, 0)]
-        row = dict(model=model, arguments=arguments, i2t=mean([r.i2t for r in found]), t2i=mean([r.t2i for r in found]), rsum=float(np.mean([r.rsum for r in found])), folds=[r.rsum for r in found])
+        row = dict(library=commit(), model=model, arguments=arguments, i2t=mean([r.i2t for r in found]), t2i=mean([r.t2i for r in found]), rsum=float(np.mean([r.rsum for r in found])), folds=[r.rsum for r in found])
         keep(RESULTS / 'graphs-f30k.json', name, row, pictures=len(lines), protocol=f'plain, mean of {FOLDS} folds of about {len(lines) // FOLDS} test pictures', library=commit(),
              budget='711 or so pictures x 5 sentences, 6 epochs, batch 64, width 128, seed 0', command='python -m tools.symbolic GRAPHS OUT')
