@@ -117,8 +117,9 @@ def draw_edges(ax, matcher: CMSEI, split: Split, row: int, sentence: str,
     falls = edge_influence(matcher, split.regions([row]), Captions.from_text([sentence], matcher.vocab))
     boxes = torch.tensor(split.boxes[row])
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2                                  # (R, 2) pixels
-    for (name, f), colour in zip(falls.items(), ('royalblue', 'crimson')):
-        for i, j in (divmod(at, len(f)) for at in f.flatten().topk(most).indices.tolist() if f.flatten()[at] > 0):
+    for name, f in falls.items():
+        colour = dict(spatial='royalblue', semantic='crimson')[name]
+        for i, j in (divmod(at, len(f)) for at in f.flatten().topk(min(most, f.numel())).indices.tolist() if f.flatten()[at] > 0):
             for k in (i, j): ax.plot(boxes[k, [0, 2, 2, 0, 0]], boxes[k, [1, 1, 3, 3, 1]], c=colour, lw=.8, ls=':')
             ax.annotate('', xy=centre[i], xytext=centre[j], zorder=5, arrowprops=dict(arrowstyle='-|>', color=colour, lw=2, connectionstyle='arc3,rad=.25'))
             named = [split.predicates[p] for s, p, o, _ in split.triples[row] if {s, o} == {i, j}] if name == 'semantic' else []
