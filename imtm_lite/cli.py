@@ -99,13 +99,13 @@ def triples(data: Path = typer.Argument(help='folder with boxes and classes, but
     Example: imtm triples data/mine --like data/world
     """
     source, done = Split(like, 'train'), []
+    for key in ('boxes', 'labels', 'triples', 'classes'): need(source, key, 'the relation prior')
     splits = [Split(data, name) for name in ('train', 'dev', 'test', 'testall') if (data/f'{name}_ims.npy').exists()]
     for split in splits:
         for key in ('boxes', 'labels', 'classes'): need(split, key, 'guessing triples')
         if split.triples is not None: raise DataError(split.path('triples'), 'is there already', 'remove it first')
         if split.classes != source.classes: raise DataError(split.path('classes'), f'other classes than {source.path("classes")}', 'use a data set of the same detector')
     if not splits: raise DataError(data, 'no split found', 'expected train_ims.npy, dev_ims.npy or test_ims.npy; data/README.md describes them')
-    for key in ('boxes', 'labels', 'triples', 'classes'): need(source, key, 'the relation prior')
     prior = RelationPrior(classes=source.classes, predicates=source.predicates).fit(source)
     shutil.copy(source.path('predicates'), splits[0].path('predicates'))
     for split in splits:

@@ -6,9 +6,9 @@
 __all__ = ['MODELS', 'CRITERIA', 'FORMAT', 'PRETRAINED', 'LEARNING', 'ATTENTION', 'CAMP_F30K', 'SMALL', 'DEMO', 'SHNET',
            'RECIPES', 'SettingError', 'build', 'check_arguments', 'CheckpointError', 'write_checkpoint',
            'read_checkpoint', 'load', 'put_weights', 'check_fits', 'facts', 'learning_rate', 'make_optimizer',
-           'optimizer_tensors', 'restore_optimizer', 'split_scores', 'split_recall', 'probe_accuracy', 'train_step',
-           'keep_freed_memory', 'Log', 'train', 'check_settings', 'choose_vocabulary', 'Run', 'run_epoch', 'log_step',
-           'end_epoch', 'save_run', 'resume_run', 'released', 'recipe', 'arguments_for', 'train_recipe']
+           'optimizer_tensors', 'restore_optimizer', 'split_scores', 'split_recall', 'probe_answers', 'probe_accuracy',
+           'train_step', 'keep_freed_memory', 'Log', 'train', 'check_settings', 'choose_vocabulary', 'Run', 'run_epoch',
+           'log_step', 'end_epoch', 'save_run', 'resume_run', 'released', 'recipe', 'arguments_for', 'train_recipe']
 
 # %% ../nbs/18_training.ipynb #training-03
 import ctypes, hashlib, inspect, json, math, os
@@ -177,16 +177,19 @@ def split_recall(matcher: Matcher, split: Split, vocab: Vocab, *, protocol: str 
     return evaluate(split_scores(matcher, split, vocab, **how), torch.from_numpy(split.caption_image), protocol)
 
 # %% ../nbs/18_training.ipynb #training-24
-def probe_accuracy(matcher: Matcher, split: Split, vocab: Vocab) -> dict[str, float]: # percent, by kind of probe
-    "How often the true sentence of a probe scores higher than the false one; chance is 50."
+def probe_answers(matcher: Matcher, split: Split, vocab: Vocab) -> list[tuple[dict, bool]]:
+    "Every probe of a split, and whether its true sentence scores higher than the false one."
     probes, device = list(need(split, 'probes', 'probe accuracy')), next(matcher.parameters()).device
     rows = torch.tensor([p['image'] for p in probes])
     images = encode(matcher.encode_images, image_chunks(split), device=device)
     true, false = (score_pairs(matcher, images, encode(matcher.encode_captions, [Captions.from_text([p[k] for p in probes], vocab)], device=device), rows)
                    for k in ('true', 'false'))
-    right = (true > false).float()
-    kinds = {p['kind']: [] for p in probes}
-    for p, r in zip(probes, right.tolist()): kinds[p['kind']].append(100 * r)
+    return list(zip(probes, (true > false).tolist()))
+
+def probe_accuracy(matcher: Matcher, split: Split, vocab: Vocab) -> dict[str, float]: # percent, by kind of probe
+    "How often the true sentence of a probe scores higher than the false one; chance is 50."
+    kinds = {}
+    for p, right in probe_answers(matcher, split, vocab): kinds.setdefault(p['kind'], []).append(100. * right)
     return {kind: sum(r) / len(r) for kind, r in sorted(kinds.items())}
 
 # %% ../nbs/18_training.ipynb #training-26

@@ -16,10 +16,9 @@ from imtm_lite.cli import commit, dev_curves
 from imtm_lite.data import Split, caption_chunks, image_chunks, write_world
 from imtm_lite.recall import evaluate
 from imtm_lite.scenes import INVERSE, WORDINGS
-from imtm_lite.scoring import encode, score, score_pairs
+from imtm_lite.scoring import encode, score
 from imtm_lite.semantic import corrupt_triples
-from imtm_lite.text import Captions
-from imtm_lite.train import load, recipe, train
+from imtm_lite.train import load, probe_answers, recipe, train
 
 ROWS = {'scan': ('scan', {}), 'cmsei': ('cmsei', {}), 'cmsei without spatial': ('cmsei', dict(spatial='none')),
         'cmsei without semantic': ('cmsei', dict(semantic=False)), 'cmsei without both': ('cmsei', dict(spatial='none', semantic=False)),
@@ -34,17 +33,14 @@ RESULTS = Path(__file__).parent.parent / 'data' / 'results'
 
 
 def predicate(sentence: str) -> str:
-    "Which relation a sentence of the world names names, longest wording first."
+    "The relation that a sentence of the world names; longer wordings are looked for first."
     return next((p for w, p in PHRASES if f' {w} ' in f' {sentence} '), 'none')
 
 
-@torch.no_grad()
 def probes(matcher, split: Split) -> dict[str, dict[str, list]]:
     "Right answers and questions, by kind of probe and by predicate of the true sentence."
-    asked, out = list(split.probes), defaultdict(lambda: defaultdict(lambda: [0, 0]))
-    images, rows = encode(matcher.encode_images, image_chunks(split)), torch.tensor([p['image'] for p in asked])
-    true, false = (score_pairs(matcher, images, encode(matcher.encode_captions, [Captions.from_text([p[k] for p in asked], matcher.vocab)]), rows) for k in ('true', 'false'))
-    for p, right in zip(asked, (true > false).tolist()):
+    out = defaultdict(lambda: defaultdict(lambda: [0, 0]))
+    for p, right in probe_answers(matcher, split, matcher.vocab):
         for key in ('all', predicate(p['true'])): out[p['kind']][key] = [n + m for n, m in zip(out[p['kind']][key], (right, 1))]
     return {k: dict(v) for k, v in out.items()}
 
@@ -74,7 +70,7 @@ if __name__ == '__main__':
     test = Split(world, 'test')
     for name in names:
         model, arguments = ROWS[name]
-        stage = recipe('hire' if model == 'hire' else 'cmsei', 'demo')[0] | dict(model=model)   # one budget for all rows; Hire has a second epoch with all negatives
+        stage = recipe(model if model == 'hire' else 'cmsei', 'demo')[0] | dict(model=model)   # one budget for all rows; Hire has a second epoch with all negatives
         stage['arguments'] = stage['arguments'] | arguments
         run = out / f'seed{seed}' / name.replace(' ', '-').replace(',', '')
         matcher = load(train(data=world, out=run, seed=seed, resume=True, device='cpu', progress=False, **stage))

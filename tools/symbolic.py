@@ -12,6 +12,7 @@ import numpy as np
 
 from imtm_lite.cli import commit
 from imtm_lite.data import Split
+from imtm_lite.semantic import write_triples
 from imtm_lite.train import load, split_recall, train
 from tools.graphs import RESULTS, ROWS, keep
 
@@ -30,7 +31,7 @@ def write_split(folder: Path, name: str, lines: list[dict], classes: list[str], 
     triples = [[[s, predicates.index(p), o, 1.] for s, p, o in x['triples']] for x in lines]
     texts = dict(ids=[str(x['id']) for x in lines], caps=[c['text'].strip() for x in lines for c in x['captions']])
     for key, rows in texts.items(): (folder / f'{name}_{key}.txt').write_text(''.join(f'{r}\n' for r in rows), encoding='utf-8')
-    (folder / f'{name}_triples.jsonl').write_text(''.join(json.dumps(t) + '\n' for t in triples))
+    write_triples(folder / f'{name}_triples.jsonl', triples)
 
 
 def write_fold(folder: Path, lines: list[dict], fold: int):
