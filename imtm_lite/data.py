@@ -27,7 +27,7 @@ from tqdm import tqdm
 import imtm_lite
 from .regions import Regions, box_area, load_detector, normalise_boxes
 from .scenes import CATEGORIES, PREDICATES, Noise, Scene, chains, describe, detect, draw, make_scene, probes
-from .text import Captions, Vocab, tokenize
+from .text import Captions, Vocab, phrase_tokens, tokenize
 
 # %% ../nbs/03_data.ipynb #data-07
 FILES = { # name: (file, what it holds, what it is for); {s} is train, dev, test or testall
@@ -208,8 +208,9 @@ class Split:
     def picture(self, row: int): return read_picture(self, row)
     def fingerprint(self) -> str: return fingerprint(self)
     def encoded(self, vocab: Vocab) -> 'Encoded':
-        if vocab not in self._encoded: self._encoded[vocab] = Encoded(self.captions, vocab)
-        return self._encoded[vocab]
+        key = vocab, vocab.parser
+        if key not in self._encoded: self._encoded[key] = Encoded(self.captions, vocab)
+        return self._encoded[key]
 
 # %% ../nbs/03_data.ipynb #data-39
 def check_width(split: Split):
@@ -471,6 +472,7 @@ class Encoded:
         self.lengths = torch.tensor([len(i) for i in ids])
         self.starts = self.lengths.cumsum(0) - self.lengths
         self.flat = torch.tensor([t for i in ids for t in i], dtype=torch.int32)
+        self.phrases = vocab.parser and [phrase_tokens(c, vocab) for c in captions]
 
     def __len__(self): return len(self.lengths)
 
@@ -478,7 +480,8 @@ class Encoded:
         lengths, starts = self.lengths[rows], self.starts[rows]
         column = torch.arange(int(lengths.max()))
         at = (starts[:, None] + column).clamp(max=len(self.flat) - 1)              # (C, T)
-        return Captions(tokens=self.flat[at].long() * (column < lengths[:, None]), lengths=lengths)
+        found = Captions(tokens=self.flat[at].long() * (column < lengths[:, None]), lengths=lengths)
+        return found if self.phrases is None else found.with_units([self.phrases[c] for c in torch.arange(len(self))[rows].tolist()])
 
 # %% ../nbs/03_data.ipynb #data-89
 @dataclass

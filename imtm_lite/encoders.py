@@ -110,7 +110,7 @@ class Codes(Bundle):
     "What a matcher keeps of a set of images or captions: tensors whose first dimension is the item; `mask` (N, L) where there are positions."
     optional = ('mask',)
     square = ('gram', 'inner') # (N, L, L): both L are positions
-    whole = ('vector',)        # (N, D): no positions at all
+    whole = ('vector', 'phrases', 'exists') # (N, D), or columns that are no words: never cut
 
     def trimmed(self) -> 'Codes':
         "The same codes without the padding at the end that no item needs."
@@ -135,6 +135,11 @@ class Matcher(nn.Module):
 
     def attention(self, images: Codes, captions: Codes) -> Tensor | None:
         "Where each word looked, (B, C, T, R), for pictures of a match; None where the matcher has no such thing."
+
+    def phrase_attention(self, images: Codes, captions: Codes, units: Tensor) -> Tensor | None: # units (C, P, T) of `Captions`
+        "Where each phrase looked, (B, C, P, R): the mean over its words, unless a matcher knows better."
+        words = self.attention(images, captions)
+        return None if words is None else torch.einsum('cpt,bctr->bcpr', F.normalize(units.to(words.dtype), p=1, dim=-1), words)
 
     def loss(self, images: Codes, captions: Codes, batch) -> dict[str, Tensor]:
         "Losses of a batch whose k-th image and k-th caption belong together; `batch.image` (B,) says which picture each row is."

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PAD', 'START', 'END', 'UNK', 'SPECIALS', 'tokenize', 'count_tokens', 'torchtext_vocab', 'Vocab', 'need_transformers',
-           'pretrained', 'Pieces', 'vocabulary', 'Captions']
+           'pretrained', 'Pieces', 'vocabulary', 'phrase_tokens', 'Captions']
 
 # %% ../nbs/02_text.ipynb #text-03
 import json, re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -54,7 +55,7 @@ class Vocab:
     def __init__(self, words: Sequence[str]): # id -> word; the four special tokens are put in front when they are not there
         words = list(words)
         self.words = words if tuple(words[:4]) == SPECIALS else [*SPECIALS, *words]
-        self._id = {w: i for i, w in enumerate(self.words)}
+        self._id, self.parser = {w: i for i, w in enumerate(self.words)}, None # a parser cuts captions into phrases: see `Captions`
         twice = [w for w, n in Counter(self.words).items() if n > 1]
         if twice: raise ValueError(f'a vocabulary holds each word once, but {twice[0]!r} stands in it twice')
 
@@ -80,6 +81,10 @@ class Vocab:
     def tokens(self, caption: str, max_words: int = 47) -> list[str]:
         "What stands between <start> and <end> when a caption is encoded, id by id."
         return tokenize(caption)[:max_words]
+
+    def word_of(self, caption: str) -> list[int]:
+        "For every token, uncut: which white-space word of the caption it comes from."
+        return [i for i, word in enumerate(caption.split()) for _ in tokenize(word)]
 
     def encode(self, caption: str, max_words: int = 47) -> list[int]:
         "A caption as ids, framed by <start> and <end>; words after `max_words` are cut (47 is CAMP's figure; SCAN cuts nothing)."
@@ -128,7 +133,7 @@ class Pieces:
         frame = t.encode('a').special_tokens_mask
         if sum(frame) != 2 or not (frame[0] and frame[-1]):
             raise ValueError(f'a tokenizer with one special token before a sentence and one behind it is needed (as BERT has), this one gives {t.encode("a").tokens}')
-        self.tokenizer, self.stored = t, t.to_str()
+        self.tokenizer, self.stored, self.parser = t, t.to_str(), None
         model = json.loads(self.stored)['model']
         self.unk = t.token_to_id(model['unk_token']) if model.get('unk_token') else model.get('unk_id') # None: nothing is unknown
         self._silent = {i for i, a in t.get_added_tokens_decoder().items() if a.special and i != self.unk}
@@ -150,6 +155,11 @@ class Pieces:
         "The stretch of the caption behind each id between the two special ones."
         return [caption[a:b] for a, b in self.tokenizer.encode(caption).offsets[1:-1][:max_words]]
 
+    def word_of(self, caption: str) -> list[int]:
+        "For every piece, uncut: which white-space word of the caption it comes from."
+        starts = [m.start() for m in re.finditer(r'\S+', caption)]
+        return [max(0, bisect_right(starts, a) - 1) for a, _ in self.tokenizer.encode(caption).offsets[1:-1]]
+
     def encode(self, caption: str, max_words: int = 47) -> list[int]:
         "A caption as ids, framed by the model's own special tokens; pieces after `max_words` are cut."
         first, *ids, last = self.tokenizer.encode(caption).ids
@@ -164,14 +174,26 @@ def vocabulary(stored: list[str] | str): # what `stored` of a `Vocab` or of `Pie
     "The vocabulary that a checkpoint keeps."
     return Pieces(stored) if isinstance(stored, str) else Vocab(stored)
 
+# %% ../nbs/02_text.ipynb #text-34-b
+def phrase_tokens(caption: str,
+                  vocab,           # a `Vocab` or `Pieces` with a parser
+                  max_words: int = 47,
+                 ) -> list[tuple[int, list[int]]]: # kind and token columns (<start> is column 0) of each phrase; none where the cut took all its words
+    "The phrases of a caption in columns of `Captions.tokens`."
+    word_of = vocab.word_of(caption)[:max_words]
+    return [(kind, [1 + t for t, w in enumerate(word_of) if w in words]) for kind, words in vocab.parser(caption).units]
+
 # %% ../nbs/02_text.ipynb #text-35
 class Captions(Bundle):
     "C captions as token ids; cells beyond a caption's length are <pad> and must not change any result."
+    optional, padding = ('units', 'kinds'), {'kinds': -1}
     def __init__(self, *,
                  tokens: Tensor,  # (C, T) int64, padded with 0
                  lengths: Tensor, # (C,) int64, <start> and <end> counted
+                 units: Tensor | None = None, # (C, P, T) bool: the tokens of each phrase; a row without any is padding
+                 kinds: Tensor | None = None, # (C, P) int64: 0 entity, 1 triple, -1 padding
                 ):
-        super().__init__(tokens=tokens, lengths=lengths)
+        super().__init__(tokens=tokens, lengths=lengths, units=units, kinds=kinds)
 
     @property
     def mask(self) -> Tensor: # (C, T) bool, True = a real token
@@ -190,5 +212,15 @@ class Captions(Bundle):
 
     @classmethod
     def from_text(cls, captions: Sequence[str], vocab: Vocab, *, max_words: int = 47):
-        "Tokenize, look up, pad."
-        return cls.from_ids([vocab.encode(c, max_words) for c in captions])
+        "Tokenize, look up, pad; with phrases, where the vocabulary has a parser."
+        out = cls.from_ids([vocab.encode(c, max_words) for c in captions])
+        return out if vocab.parser is None else out.with_units([phrase_tokens(c, vocab, max_words) for c in captions])
+
+    def with_units(self, phrases: Sequence[Sequence[tuple[int, list[int]]]]) -> 'Captions': # of each caption, from `phrase_tokens`
+        "The same captions, with phrases."
+        P = max([1, *map(len, phrases)])
+        units, kinds = torch.zeros(len(self), P, self.tokens.shape[1], dtype=torch.bool), torch.full((len(self), P), -1)
+        for c, some in enumerate(phrases):
+            for p, (kind, columns) in enumerate(some):
+                if columns: units[c, p, columns], kinds[c, p] = True, kind
+        return Captions(tokens=self.tokens, lengths=self.lengths, units=units, kinds=kinds)

@@ -22,7 +22,7 @@ def run(world, tmp_path_factory):
 
 
 def test_help_has_examples():
-    for command in ('world', 'check', 'triples', 'train', 'eval', 'search', 'demo'):
+    for command in ('world', 'check', 'triples', 'train', 'eval', 'ground', 'search', 'demo'):
         assert f'imtm {command}' in ' '.join(imtm(command, '--help').stdout.split()), command
 
 
@@ -42,6 +42,16 @@ def test_eval_prints_what_it_measured_and_writes_json(world, run, tmp_path):
     result = json.loads((tmp_path / 'r.json').read_text())
     assert {'i2t', 't2i', 'rsum', 'probes', 'protocol', 'seed', 'fingerprint', 'library', 'split'} <= result.keys()
     assert 'protocol plain' in ' '.join(out.stdout.split())
+
+
+def test_ground_prints_chance_and_best_beside_each_figure(world, run, tmp_path):
+    out = imtm('ground', run, '--data', world, '--json', tmp_path / 'g.json')
+    assert out.returncode == 0, out.stderr
+    figures = json.loads((tmp_path / 'g.json').read_text())['grounding']['all']
+    assert figures['phrases'] > 50 and all(0 < figures[f'{k} chance'] < figures[f'{k} best'] <= 100 for k in ('pointing', 'iou'))
+    assert 'chance' in out.stdout and f"{figures['pointing']:.1f}" in out.stdout
+    bare = shutil.copytree(world, tmp_path / 'bare', ignore=shutil.ignore_patterns('*_phrases*', 'pictures'))
+    one_line(imtm('ground', run, '--data', bare), 'test_phrases.jsonl: this file is missing, and grounding needs it')
 
 
 def test_search_draws_a_picture_and_names_unknown_words(world, run, tmp_path):

@@ -12,7 +12,7 @@ from imtm_lite.explore import search, unknown_words, word_regions
 from imtm_lite.losses import Triplet
 from imtm_lite.regions import Regions
 from imtm_lite.text import Captions, Pieces, Vocab, vocabulary
-from imtm_lite.train import MODELS, CheckpointError, Log, SettingError, load, make_optimizer, read_checkpoint, split_scores, train, write_checkpoint
+from imtm_lite.train import MODELS, CheckpointError, Log, SettingError, give_parser, load, make_optimizer, read_checkpoint, split_scores, train, write_checkpoint
 
 transformers = pytest.importorskip('transformers')
 
@@ -144,8 +144,11 @@ def test_every_matcher_takes_it_and_its_scores_ignore_padding(name, folder, piec
     graph = dict(predicates=4) if 'predicates' in inspect.signature(MODELS[name]).parameters else {}
     matcher = MODELS[name](region_width=7, words=len(pieces), width=16, text=str(folder), **graph).double().eval()
     assert matcher.config['text']['model_type'] == 'bert' and str(folder) not in json.dumps(matcher.config)
+    pieces = Pieces(pieces.stored)
+    give_parser(matcher, pieces)
     captions = Captions.from_text(SENTENCES[:5], pieces)
-    padded = Captions(tokens=F.pad(captions.tokens, (0, 9), value=7), lengths=captions.lengths)
+    padded = Captions(tokens=F.pad(captions.tokens, (0, 9), value=7), lengths=captions.lengths,
+                      **({} if captions.units is None else dict(units=F.pad(captions.units, (0, 9)), kinds=captions.kinds)))
     with torch.no_grad(): a, b = (matcher.match(matcher.encode_images(regions), matcher.encode_captions(c)) for c in (captions, padded))
     torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
     again = MODELS[name](**json.loads(json.dumps(matcher.config))).double().eval()
