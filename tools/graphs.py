@@ -1,4 +1,4 @@
-"""What graphs are worth on the generated world: `python -m tools.graphs WORLDS OUT SEED [NAME ...]` (about four minutes a row on one core).
+"""What graphs and phrases are worth on the generated world: `python -m tools.graphs WORLDS OUT SEED [NAME ...]` (about four minutes a row on one core).
 
 WORLDS/world<SEED> is written if it is not there. Every row is a system or an ablation trained with the same budget; figures of the test split,
 accuracy by probe and by predicate, and recall under a corrupted scene graph go to data/results/graphs-seed<SEED>.json as soon as a row is ready.
@@ -14,6 +14,7 @@ import torch
 
 from imtm_lite.cli import commit, dev_curves
 from imtm_lite.data import Split, caption_chunks, image_chunks, write_world
+from imtm_lite.models.ssamt import blame_accuracy
 from imtm_lite.recall import evaluate
 from imtm_lite.scenes import INVERSE, WORDINGS
 from imtm_lite.scoring import encode, score
@@ -26,7 +27,10 @@ ROWS = {'scan': ('scan', {}), 'cmsei': ('cmsei', {}), 'cmsei without spatial': (
         'hire, explicit-implicit': ('hire', dict(order='explicit-implicit')), 'hire, parallel': ('hire', dict(order='parallel')),
         'cmsei, IoU graph': ('cmsei', dict(spatial='iou')), 'cmsei, polar graph': ('cmsei', dict(spatial='polar')),
         'cmsei without object-sentence': ('cmsei', dict(object_sentence=0.)), 'cmsei without word-image': ('cmsei', dict(word_image=0.)),
-        'cmsei without object-word': ('cmsei', dict(object_word=False))}
+        'cmsei without object-word': ('cmsei', dict(object_word=False)),
+        'ssamt': ('ssamt', {}), 'ssamt without phrase loss': ('ssamt', dict(phrase_weight=0.)), 'ssamt, entities only': ('ssamt', dict(units='entities')),
+        'ssamt, triples only': ('ssamt', dict(units='triples')), 'ssamt without local': ('ssamt', dict(local=False)), 'ssamt without structure': ('ssamt', dict(structure=False)),
+        'ssamt, gold phrases': ('ssamt', dict(parser='gold'))}
 RATES, SPOILT = (0., .2, .4, .6, .8), ('cmsei', 'cmsei without spatial', 'hire', 'hire, explicit-implicit', 'hire, parallel') # rows whose recall under a corrupted graph is measured
 PHRASES = sorted(((w, p) for d in (WORDINGS, INVERSE) for p, ways in d.items() for w in ways), key=lambda x: -len(x[0]))
 RESULTS = Path(__file__).parent.parent / 'data' / 'results'
@@ -70,13 +74,13 @@ if __name__ == '__main__':
     test = Split(world, 'test')
     for name in names:
         model, arguments = ROWS[name]
-        stage = recipe(model if model == 'hire' else 'cmsei', 'demo')[0] | dict(model=model)   # one budget for all rows; Hire has a second epoch with all negatives
+        stage = recipe(model if model in ('hire', 'ssamt') else 'cmsei', 'demo')[0] | dict(model=model)   # one budget for all rows; Hire and SSAMT have a second epoch with all negatives
         stage['arguments'] = stage['arguments'] | arguments
         run = out / f'seed{seed}' / name.replace(' ', '-').replace(',', '')
         matcher = load(train(data=world, out=run, seed=seed, resume=True, device='cpu', progress=False, **stage))
         at = {str(r): recall_corrupted(matcher, test, r, seed) for r in (RATES if name in SPOILT else RATES[:1])}
         row = dict(library=commit(), model=model, arguments=arguments, i2t=at['0.0'].i2t, t2i=at['0.0'].t2i, rsum=at['0.0'].rsum, probes=probes(matcher, test),
-                   corrupted={r: x.rsum for r, x in at.items()}, dev=dev_curves(run), parameters=sum(p.numel() for p in matcher.parameters()))
+                   corrupted={r: x.rsum for r, x in at.items()}, dev=dev_curves(run), parameters=sum(p.numel() for p in matcher.parameters()), **({'blame': blame_accuracy(matcher, test)} if model == 'ssamt' else {}))
         keep(RESULTS / f'graphs-seed{seed}.json', name, row, seed=seed, protocol='plain', fingerprint=test.fingerprint(), library=commit(),
              budget='2,000 pictures x 5 sentences, 10 epochs, batch 128, width 128', command=f'python -m tools.graphs WORLDS OUT {seed}')
         print(name, {k: round(100 * v['all'][0] / v['all'][1]) for k, v in row['probes'].items()}, round(row['rsum'], 1), flush=True)
