@@ -150,6 +150,20 @@ def ragged(seed=0):
     return SimpleNamespace(caption_image=rng.permutation(np.repeat(np.arange(20), rng.integers(1, 9, 20))))
 
 
+def test_phrases_come_along_and_each_parser_has_its_own(root):
+    split = Split(root, 'train')
+    v = Vocab.build(split.captions, 1)
+    plain = split.encoded(v)
+    first, every = (lambda c: SimpleNamespace(units=[(0, [0])])), (lambda c: SimpleNamespace(units=[(0, [i]) for i in range(len(c.split()))] + [(1, [0, 1])]))
+    for parser in (first, every):
+        v.parser = parser
+        for rows in ([3, 0, 1], slice(1, 4), torch.tensor([2])):
+            got, want = split.encoded(v)[rows], Captions.from_text([split.captions[i] for i in torch.arange(len(split.captions))[rows]], v)
+            assert all(a.equal(b) for (_, a), (_, b) in zip(got.items(), want.items())) and got._tensors.keys() == want._tensors.keys() >= {'units', 'kinds'}
+    v.parser = None
+    assert split.encoded(v) is plain and plain[[0]].units is None
+
+
 @pytest.mark.parametrize('size', [2, 3, 7, 64])
 def test_rounds(size):
     for seed in range(20):

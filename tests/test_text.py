@@ -1,5 +1,6 @@
 "Tokens, vocabulary and captions: properties, and equality with torchtext 0.6.0."
 import json, random, subprocess, sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,6 +80,28 @@ def test_captions():
     joined = Captions.cat([Captions.from_text(WORLD[i:i + 1], v) for i in range(9)])
     assert joined.tokens.equal(c.tokens) and joined.mask.equal(c.mask)
     assert len(Captions.from_ids([])) == 0
+
+
+def test_phrases_cover_the_tokens_of_their_words():
+    corpus = ["a man's T-shirt, red", '  two   dogs', '—', "a-b c'd e."]
+    v = Vocab.build(corpus, 1)
+    for c in corpus:
+        words = c.split()
+        assert [t for w in words for t in tokenize(w)] == v.tokens(c) and len(v.word_of(c)) == len(v.tokens(c))
+        assert v.word_of(c) == [i for i, w in enumerate(words) for _ in tokenize(w)]
+    units = {corpus[0]: [(0, [0, 1, 2]), (1, [2, 3])], corpus[1]: [(0, [1])]}
+    assert Captions.from_text(corpus, v).units is None
+    v.parser = lambda c: SimpleNamespace(units=units.get(c, []))
+    got = Captions.from_text(corpus, v)
+    assert got.units.shape == (4, 2, got.tokens.shape[1]) and got.kinds.tolist() == [[0, 1], [0, -1], [-1, -1], [-1, -1]]
+    said = lambda c, p: [v.words[i] for i in got.tokens[c][got.units[c, p]]]
+    assert said(0, 0) == ['a', "man's", 't', '-', 'shirt', ','] and said(0, 1) == ['t', '-', 'shirt', ',', 'red'] and said(1, 0) == ['dogs']
+    assert not (got.units & ~got.mask[:, None]).any() and not got.units[:, :, 0].any()                  # no padding, no <start>
+    cut = Captions.from_text(corpus[:1], v, max_words=3)
+    assert cut.units.sum(-1).tolist() == [[3, 1]] and cut.tokens.shape[1] == 5
+    assert Captions.from_text([' '.join(['x'] * 50)], v).units.any() == False
+    joined = Captions.cat([got[:1], got[1:2]])
+    assert joined.units.equal(got.units[:2]) and joined.kinds.equal(got.kinds[:2])
 
 
 def test_torchtext_is_lazy_and_its_absence_is_one_line():

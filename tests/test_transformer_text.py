@@ -43,6 +43,13 @@ def test_both_vocabularies_give_tokens_aligned_with_ids():
     assert vocabulary(v.stored) == v
 
 
+def test_pieces_know_their_words(pieces):
+    for s in SENTENCES:
+        of, words = pieces.word_of(s), s.split()
+        assert len(of) == len(pieces.tokens(s)) and of == sorted(of)
+        assert all(t in words[i] for i, t in zip(of, pieces.tokens(s)))
+
+
 WORDS = '[PAD] [UNK] [CLS] [SEP] [MASK] a dog red kite runs run two and it is are . , t b o y e ##s ##ning ##n ##ing be ##side ##h ##e ##a ##d'.split()
 SMALL = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, max_position_embeddings=120, initializer_range=.3)
 
