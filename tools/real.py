@@ -1,12 +1,13 @@
-"""CMSEI and Hire beside SCAN on Flickr8k regions, dev split: `python -m tools.real DATA OUT SEED [NAME ...]` (a quarter of an hour a row on one core).
+"""SCAN, SSAMT, CMSEI and Hire on Flickr8k regions, dev split: `python -m tools.real DATA OUT SEED [NAME ...]` (a quarter of an hour a row on one core).
 
-DATA is a folder in the layout of data/README.md with boxes and triples. Every row has the same budget; figures go to data/results/graphs-flickr8k.json.
+DATA is a folder in the layout of data/README.md with boxes, triples and phrases. Every row has the same budget; figures, of phrase grounding too, go to data/results/graphs-flickr8k.json.
 """
 import sys
 from pathlib import Path
 
 from imtm_lite.cli import commit, dev_curves
 from imtm_lite.data import Split
+from imtm_lite.explore import ground
 from imtm_lite.train import load, split_recall, train
 from tools.graphs import RESULTS, ROWS, keep
 
@@ -21,7 +22,8 @@ if __name__ == '__main__':
         run = out / f'seed{seed}' / name.replace(' ', '-').replace(',', '')
         matcher = load(train(model, data, run, arguments=SIZES | arguments, seed=seed, resume=True, device='cpu', progress=False, **BUDGET))
         r = split_recall(matcher, dev, matcher.vocab)
-        row = dict(library=commit(), model=model, arguments=arguments, seed=seed, i2t=r.i2t, t2i=r.t2i, rsum=r.rsum, dev=dev_curves(run), parameters=sum(p.numel() for p in matcher.parameters()))
+        row = dict(library=commit(), model=model, arguments=arguments, seed=seed, i2t=r.i2t, t2i=r.t2i, rsum=r.rsum, dev=dev_curves(run), parameters=sum(p.numel() for p in matcher.parameters()),
+                   grounding=ground(matcher, dev)['all'])
         keep(RESULTS / 'graphs-flickr8k.json', f'{name}, seed {seed}', row, split='dev', protocol='plain', fingerprint=dev.fingerprint(), library=commit(),
              budget='captions seen 3 times, batch 64, width 128', command='python -m tools.real DATA OUT SEED')
         print(name, seed, r, flush=True)
