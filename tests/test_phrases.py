@@ -285,6 +285,18 @@ def test_penalty_spares_matched_phrases_and_counts_in_full_precision():
     assert phrase_penalty(b, matched, exists, *pairs).equal(phrase_penalty(a, matched, exists, *pairs))
     assert phrase_penalty(a.half(), matched, exists, *pairs).dtype == torch.float32
     with pytest.raises(ValueError, match='expected .B, B, P.'): phrase_penalty(a, matched[:1], exists, *pairs)
+    with pytest.raises(ValueError, match='pairs 1 and 2'): phrase_penalty(a, matched, exists, pairs[0][:1], pairs[1])
+
+
+def test_penalty_compares_a_phrase_with_itself():
+    "What a phrase agrees with every picture alike costs nothing: levels of their own change no penalty."
+    g = torch.Generator().manual_seed(0)
+    a, level = torch.randn(4, 4, 5, generator=g, dtype=torch.float64), 10 * torch.randn(4, 5, generator=g, dtype=torch.float64)
+    exists, matched = torch.rand(4, 5, generator=g) < .8, torch.rand(4, 4, 5, generator=g) < .3
+    pairs = torch.randint(4, (2, 20), generator=g)
+    cost = phrase_penalty(a, matched, exists, *pairs)
+    assert cost.any()
+    torch.testing.assert_close(phrase_penalty(a + level, matched, exists, *pairs), cost, rtol=0, atol=1e-12)
 
 
 # ---------------------------------------------------------------- the mask, and captions with phrases
