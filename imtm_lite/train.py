@@ -207,18 +207,18 @@ def probe_accuracy(matcher: Matcher, split: Split, vocab: Vocab) -> dict[str, fl
     return {kind: sum(r) / len(r) for kind, r in sorted(kinds.items())}
 
 # %% ../nbs/18_training.ipynb #training-26
-def train_step(matcher, batch, optimizer, accelerator: Accelerator, clip: float) -> float: # loss per item
+def train_step(matcher, batch, optimizer, accelerator: Accelerator, clip: float) -> float: # loss per item, of the matching alone
     "Forward, backward, clip, step."
-    loss = matcher(batch.to(accelerator.device))['total']                # under autocast where the precision asks for it
+    losses = matcher(batch.to(accelerator.device))                       # under autocast where the precision asks for it
+    loss = losses['total']
     optimizer.zero_grad(set_to_none=True)
     accelerator.backward(loss)
     norm = accelerator.clip_grad_norm_([p for p in matcher.parameters() if p.requires_grad], clip)
-    value = float(loss.detach()) / len(batch)
-    for name, x in (('loss', value), ('gradient', float(norm))):
+    for name, x in (('loss', float(loss.detach())), ('gradient', float(norm))):
         if not math.isfinite(x) and accelerator.mixed_precision != 'fp16': # fp16's scaler skips such steps by itself
             raise FloatingPointError(f'the {name} is {x}: lower the learning rate, or use precision no')
     optimizer.step()
-    return value
+    return float(losses.get('match', loss).detach()) / len(batch)
 
 # %% ../nbs/18_training.ipynb #training-28
 def keep_freed_memory() -> None:

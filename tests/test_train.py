@@ -1,6 +1,7 @@
 "Runs that can be repeated, killed and resumed; checkpoints that say what they are."
-import os, signal, subprocess, sys, time
+import os, shutil, signal, subprocess, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from accelerate import Accelerator
 
 import imtm_lite
 
-from imtm_lite.data import Split, batches
+from imtm_lite.data import DataError, Split, batches
 from imtm_lite.losses import Triplet
+from imtm_lite.phrases import chunk
 from imtm_lite.train import (FORMAT, CheckpointError, Log, SettingError, check_fits, learning_rate, probe_accuracy, read_checkpoint, recipe, split_recall,
                              split_scores, train, train_recipe, train_step, write_checkpoint)
 
@@ -190,6 +192,30 @@ def test_a_loss_that_is_not_a_number_stops_the_run(run, world):
     batch = next(iter(batches(split, matcher.vocab, size=8, seed=0, epoch=0)))
     with pytest.raises(FloatingPointError, match='lower the learning rate'):
         train_step(matcher, batch, torch.optim.SGD(matcher.parameters(), lr=.1), Accelerator(cpu=True), 2.)
+
+
+def test_the_step_tells_the_matching_loss_apart_from_others(run, world):
+    matcher, split = imtm_lite.load(run), Split(world, 'train')
+    matcher.criterion = Triplet()
+    batch = next(iter(batches(split, matcher.vocab, size=8, seed=0, epoch=0)))
+    plain = float(matcher(batch)['total'].detach()) / 8
+    loss = matcher.loss
+    matcher.loss = lambda *a: (found := loss(*a)) and {'match': found['total'], 'phrase': 3 * found['total'], 'total': 4 * found['total']}
+    step = train_step(matcher, batch, torch.optim.SGD(matcher.parameters(), lr=0.), Accelerator(cpu=True), 2.)
+    assert step == pytest.approx(plain)
+
+
+def test_ssamt_trains_resumes_and_comes_back_with_its_parser(world, tmp_path):
+    quick = QUICK | dict(arguments=dict(width=8, word_width=8, parser='gold'))
+    best = train('ssamt', world, tmp_path / 'run', **quick)
+    matcher, dev = imtm_lite.load(best), Split(world, 'dev')
+    assert matcher.labels is None and matcher.vocab.parser(dev.captions[0]) == chunk(dev.captions[0])      # an annotated split is for training alone
+    scores = split_scores(matcher, dev, matcher.vocab)
+    matcher.vocab.parser = lambda caption: SimpleNamespace(units=[])
+    assert not torch.equal(scores, split_scores(matcher, dev, matcher.vocab))                              # phrases take part in the words
+    with pytest.raises(SettingError, match='spacy download no_such_model|needs spaCy'): train('ssamt', world, tmp_path / 'x', **quick | dict(arguments=dict(width=8, word_width=8, parser='no_such_model')))
+    bare = shutil.copytree(world, tmp_path / 'bare', ignore=shutil.ignore_patterns('*_phrases*', 'pictures'))
+    with pytest.raises((SettingError, DataError), match='train_phrases.jsonl: this file is missing, and the gold parser needs it'): train('ssamt', bare, tmp_path / 'y', **quick)
 
 
 @pytest.mark.parametrize('change', [dict(epochs='abc'), dict(lr='x'), dict(size=1), dict(criterion='foo'), dict(distinct='no'), dict(precision='half'),
