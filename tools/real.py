@@ -1,4 +1,4 @@
-"""SCAN, SSAMT, CMSEI and Hire on Flickr8k regions, dev split: `python -m tools.real DATA OUT SEED [NAME ...]` (a quarter of an hour a row on one core).
+"""SCAN, CAMP, SSAMT, CMSEI and Hire on Flickr8k regions, dev split: `python -m tools.real DATA OUT SEED [NAME ...]` (a quarter of an hour a row on one core).
 
 DATA is a folder in the layout of data/README.md with boxes, triples and phrases. Every row has the same budget; figures, of phrase grounding too, go to data/results/graphs-flickr8k.json.
 """
@@ -14,13 +14,21 @@ from tools.graphs import RESULTS, ROWS, keep
 BUDGET = dict(size=64, optimizer='adamw', lr=5e-4, weight_decay=1e-4, epochs=3, soft_epochs=1, decay_at=(2,))
 SIZES = dict(width=128, word_width=300)
 
+def trained(model: str, arguments: dict, data: str, run: Path, seed: int):
+    "The best matcher of a row. CAMP goes in two stages, as released: one pass for its attention, the others for gates and scores."
+    how = dict(arguments=SIZES | arguments, seed=seed, resume=True, device='cpu', progress=False) | BUDGET
+    if model != 'camp': return load(train(model, data, run, **how))
+    start = train('camp-stage1', data, run / 'stage1', **how | dict(epochs=1, decay_at=()))
+    return load(train('camp', data, run, start=start, **how | dict(epochs=BUDGET['epochs'] - 1, decay_at=(1,), criterion='bce')))
+
+
 if __name__ == '__main__':
-    data, out, seed, names = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:] or ['scan', 'cmsei', 'hire', 'cmsei without spatial', 'cmsei without semantic']
+    data, out, seed, names = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:] or ['scan', 'camp', 'ssamt', 'ssamt, gold phrases', 'cmsei', 'hire', 'cmsei without spatial', 'cmsei without semantic']
     dev = Split(data, 'dev')
     for name in names:
-        model, arguments = ROWS[name]
+        model, arguments = ('camp', {}) if name == 'camp' else ROWS[name]
         run = out / f'seed{seed}' / name.replace(' ', '-').replace(',', '')
-        matcher = load(train(model, data, run, arguments=SIZES | arguments, seed=seed, resume=True, device='cpu', progress=False, **BUDGET))
+        matcher = trained(model, arguments, data, run, seed)
         r = split_recall(matcher, dev, matcher.vocab)
         row = dict(library=commit(), model=model, arguments=arguments, seed=seed, i2t=r.i2t, t2i=r.t2i, rsum=r.rsum, dev=dev_curves(run), parameters=sum(p.numel() for p in matcher.parameters()),
                    grounding=ground(matcher, dev)['all'])
