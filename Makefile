@@ -2,13 +2,14 @@
 # make test   the tests, and every notebook from top to bottom
 # make lab    the lessons in JupyterLab
 # make readme README.md from nbs/index.ipynb
+# make bench  speed and memory of every model beside its plain form
 # make detector  train the mini detector again
 
 PYTHON ?= python3
 BIN = .venv/bin
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 
-.PHONY: demo test lab readme detector
+.PHONY: demo test lab readme bench detector
 
 demo: .venv/installed
 	$(BIN)/imtm demo --out runs/demo
@@ -21,6 +22,9 @@ lab: .venv/installed
 
 readme: .venv/installed
 	$(BIN)/python -m tools.readme
+
+bench: .venv/installed
+	$(BIN)/python -m benchmarks.bench
 
 detector: .venv/installed
 	$(BIN)/python -m imtm_lite.regions data/detector.safetensors

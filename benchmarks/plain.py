@@ -1,0 +1,76 @@
+"""Every model's `match` in its published or plain form: one caption at a time against all pictures, every context and message formed.
+
+Same codes in, same scores out as the library's; only the arithmetic differs. SCAN and CAMP follow the released codes (CAMP pads every caption to 50
+tokens, as released); CMSEI, Hire and SSAMT never had public code, their plain forms are their lessons' equations written in SCAN's manner.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from imtm_lite.attention import masked_softmax
+from imtm_lite.encoders import Codes, Matcher
+
+CAMP_TOKENS = 50
+
+
+def look(t: Tensor,       # (B, T, D) what asks
+         v: Tensor,       # (B, R, D) what answers
+         there: Tensor,   # (B, R) bool
+         temperature: float) -> Tensor: # (B, T, D)
+    "SCAN's attention (released code): the contexts of all words, formed."
+    s = F.leaky_relu(v @ t.transpose(1, 2), .1)                                   # (B, R, T)
+    s = s / s.norm(dim=2, keepdim=True).clamp(min=1e-8)
+    return masked_softmax(temperature * s.transpose(1, 2), there[:, None]) @ v
+
+
+def each_caption(images: Codes, captions: Codes):
+    "The words of one caption after the other, once for every picture: (B, T, D)."
+    for c, n in enumerate(captions.mask.sum(1).tolist()): yield c, captions.x[c, :n].expand(len(images), n, captions.x.shape[2])
+
+
+def vse(matcher: Matcher, images: Codes, captions: Codes) -> Tensor: # (B, C), like all below
+    return torch.stack([F.cosine_similarity(images.vector, s[None]) for s in captions.vector], 1)
+
+
+def scan(matcher: Matcher, images: Codes, captions: Codes) -> Tensor:
+    return torch.stack([F.cosine_similarity(t, look(t, images.x, images.mask, matcher.temperature), dim=-1).mean(1) for _, t in each_caption(images, captions)], 1)
+
+
+def ssamt(matcher: Matcher, images: Codes, captions: Codes) -> Tensor: return scan(matcher, images, captions) + vse(matcher, images, captions)
+
+
+def cmsei(matcher: Matcher, images: Codes, captions: Codes) -> Tensor:
+    columns = []
+    for c, t in each_caption(images, captions):
+        s = captions.vector[c].expand(len(images), 1, t.shape[2])                  # (B, 1, D)
+        g = masked_softmax(matcher.levels[0] * s @ images.x.transpose(1, 2), images.mask[:, None]) @ images.x
+        beta = (matcher.levels[1] * F.cosine_similarity(t, g, dim=-1)).softmax(1)  # (B, T)
+        columns.append((beta * F.cosine_similarity(t, look(t, images.x, images.mask, matcher.temperature), dim=-1)).sum(1))
+    return torch.stack(columns, 1)
+
+
+def camp(matcher: Matcher, images: Codes, captions: Codes) -> Tensor:
+    unit = lambda x: x / (x.norm(dim=-1, keepdim=True) + 1e-8)
+    scale = math.sqrt(images.x.shape[2])
+
+    def side(x, x_there, y, y_there, x_side, y_side, fusion, pool): # (B, L, D) each
+        m = masked_softmax(x_side.query(x) @ y_side.key(y).transpose(1, 2) / scale, y_there[:, None]) @ y
+        inner = masked_softmax(y_side.message_query(m) @ y_side.message_key(m).transpose(1, 2) / scale, x_there[:, None])
+        m = unit(inner @ m)
+        fused = F.relu(fusion.linear(torch.cat((x, m), -1) * torch.sigmoid((x * m).sum(-1, keepdim=True)))) + x
+        return unit(pool(fused, x_there))
+
+    columns, v, B = [], images.x, len(images)
+    for c in range(len(captions)):
+        n = min(captions.x.shape[1], CAMP_TOKENS)
+        t, there = (F.pad(a, (0, 0) * (a.ndim - 2) + (0, CAMP_TOKENS - n)) for a in (captions.x[c:c + 1, :n], captions.mask[c:c + 1, :n]))
+        t, there = t.expand(B, CAMP_TOKENS, -1), there.expand(B, CAMP_TOKENS)
+        a = side(v, images.mask, t, there, matcher.image_side, matcher.word_side, matcher.image_fusion, matcher.image_pool)
+        b = side(t, there, v, images.mask, matcher.word_side, matcher.image_side, matcher.word_fusion, matcher.word_pool)
+        columns.append(torch.sigmoid(matcher.head(torch.cat((a, b), -1))[:, 0]))
+    return torch.stack(columns, 1)
+
+
+PLAIN = {'vse': vse, 'scan': scan, 'camp': camp, 'ssamt': ssamt, 'cmsei': cmsei, 'hire': cmsei}

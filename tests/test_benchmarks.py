@@ -1,0 +1,34 @@
+"The plain forms that the benchmarks time give the library's scores, and its gradients."
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tests.test_matchers import make, ragged
+
+from benchmarks.plain import PLAIN
+
+
+@pytest.mark.parametrize('dtype,tolerance', [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize('name', PLAIN)
+def test_plain_and_fast_agree_with_gradients(name, dtype, tolerance):
+    torch.manual_seed(1)
+    matcher, (regions, captions) = make(name, {}, dtype), ragged(dtype)
+    images, sentences = matcher.encode_images(regions), matcher.encode_captions(captions)
+    fast, plain = matcher.match(images, sentences), PLAIN[name](matcher, images, sentences)
+    torch.testing.assert_close(plain, fast, atol=tolerance, rtol=0)
+    weight = torch.randn_like(fast)
+    parts = [torch.autograd.grad((s * weight).sum(), list(matcher.parameters()), retain_graph=True, allow_unused=True) for s in (plain, fast)]
+    for a, b in zip(*parts):
+        if a is not None or b is not None: torch.testing.assert_close(a, b, atol=10 * tolerance, rtol=10 * tolerance)
+
+
+def test_dry_run_leaves_a_table_and_a_file(tmp_path):
+    out = subprocess.run([sys.executable, '-m', 'benchmarks.bench', '--quick', '--out', tmp_path / 'r.json'], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    rows = json.loads((tmp_path / 'r.json').read_text())
+    scoring = [r for r in rows if r['what'] == 'scoring']
+    assert {(r['model'], r['form']) for r in scoring} == {(m, f) for m in PLAIN for f in ('fast', 'plain')}
+    assert all({'what', 'model', 'form', 'shape', 'per_s', 'ratio_to_plain', 'peak_share', 'peak_mb'} <= r.keys() and r['per_s'] > 0 for r in scoring)
+    assert {r['what'] for r in rows} == {'scoring', 'training step', 'ranks', 'loader'} and not (tmp_path / 'r.json.partial').exists()
