@@ -32,3 +32,14 @@ def test_dry_run_leaves_a_table_and_a_file(tmp_path):
     assert {(r['model'], r['form']) for r in scoring} == {(m, f) for m in PLAIN for f in ('fast', 'plain')}
     assert all({'what', 'model', 'form', 'shape', 'per_s', 'ratio_to_plain', 'peak_share', 'peak_mb'} <= r.keys() and r['per_s'] > 0 for r in scoring)
     assert {r['what'] for r in rows} == {'scoring', 'training step', 'ranks', 'loader'} and not (tmp_path / 'r.json.partial').exists()
+
+
+def test_dry_run_of_the_gpu_benchmark(tmp_path):
+    out = subprocess.run([sys.executable, '-m', 'benchmarks.gpu', '--quick', '--out', tmp_path / 'g.json'], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    record = json.loads((tmp_path / 'g.json').read_text())
+    assert {'device', 'torch', 'tflops', 'rows'} <= record.keys()
+    assert {(r['model'], r['form']) for r in record['rows'] if r['what'] == 'scoring'} == {(m, f) for m in PLAIN for f in ('float32', 'bfloat16')}
+    assert all(r['largest_difference'] < (1e-5 if r['form'] == 'float32' else .3) for r in record['rows'] if r['what'] == 'scoring')
+    train = [r for r in record['rows'] if r['what'] == 'training']
+    assert [r['model'] for r in train] == ['camp-stage1', 'camp'] * 2 and all(r['steps'] == 2 and r['projected_hours'] > 0 for r in train)
