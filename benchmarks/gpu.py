@@ -81,7 +81,6 @@ def scoring(device: str, width: int, shape: tuple[int, int], rounds: int, budget
             seconds = clock(lambda: score(m, a, b), device, rounds) / (shape[0] * shape[1])
             rows.append(dict(what='scoring', model=name, form=form, shape=list(shape), per_s=round(1 / seconds, 1), ratio_to_plain=round(plain / seconds, 2),
                              peak_mb=memory_of(lambda: score(m, a, b), device), largest_difference=float((score(m, a, b) - exact).abs().max())))
-        del matcher, v, t
     return rows
 
 
@@ -113,7 +112,6 @@ def training(device: str, width: int, region_width: int, size: int, steps: int, 
         hours = sum(s['epochs'] * F30K * (s['per_image'] or 5) for s in epochs[name]) / size * seconds / 3600
         rows.append(about | dict(steps=len(losses), first_loss=losses[0], last_loss=losses[-1], per_s=round(size / seconds, 1), pairs_per_s=round(size ** 2 / seconds), peak_mb=used,
                                  projected_hours=round(hours, 1)))
-        del matcher, optimiser
     return rows
 
 
