@@ -239,7 +239,8 @@ def ground(run: Path = typer.Argument(help='folder of a run, or a checkpoint'), 
     for column in ('', *GROUNDING): table.add_column(column, justify='right')
     for kind, r in result.items(): table.add_row(kind, str(r['phrases']), *(f'{r[k]:.1f}' for k in GROUNDING[1:]))
     say.print(table)
-    if json_: json_.write_text(json.dumps(dict(grounding=result, model=matcher.card['model'], data=part.root.name, split=split, seed=matcher.card['settings']['seed'], fingerprint=part.fingerprint(), library=commit()), indent=1))
+    if json_: json_.write_text(json.dumps(dict(grounding=result, model=matcher.card['model'], data=part.root.name, split=split,
+                                               seed=matcher.card['settings']['seed'], fingerprint=part.fingerprint(), library=commit()), indent=1))
 
 # %% ../nbs/21_cli.ipynb #cli-26
 @app.command()

@@ -117,8 +117,9 @@ def ground(matcher: Matcher, split: Split,
         if looked is None: raise ValueError(f'{type(matcher).__name__} has no attention of words over regions: nothing to ground')
         graphs = [vocab.parser(split.captions[c]) for c in own]
         for kind, answers in phrase_answers(split, row, regions, captions, graphs, looked[0].cpu()): found.setdefault(kind, []).append(answers)
+    if not found: raise ValueError(f"{split.path('phrases')}: no phrase of a caption has a box: nothing to ground")
     found['all'] = [a for some in found.values() for a in some]
-    return {kind: dict(zip(GROUNDING, (len(a), *(100 * torch.tensor(a).mean(0)).tolist()))) for kind, a in sorted(found.items()) if a}
+    return {kind: dict(zip(GROUNDING, (len(a), *(100 * torch.tensor(a).mean(0)).tolist()))) for kind, a in sorted(found.items())}
 
 GROUNDING = ('phrases', 'pointing', 'pointing chance', 'pointing best', 'iou', 'iou chance', 'iou best')
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAD', 'START', 'END', 'UNK', 'SPECIALS', 'tokenize', 'count_tokens', 'torchtext_vocab', 'Vocab', 'need_transformers',
-           'pretrained', 'Pieces', 'vocabulary', 'phrase_tokens', 'Captions']
+           'pretrained', 'Pieces', 'vocabulary', 'Captions', 'phrase_tokens']
 
 # %% ../nbs/02_text.ipynb #text-03
 import json, re
@@ -158,7 +158,7 @@ class Pieces:
     def word_of(self, caption: str) -> list[int]:
         "For every piece, uncut: which white-space word of the caption it comes from."
         starts = [m.start() for m in re.finditer(r'\S+', caption)]
-        return [max(0, bisect_right(starts, a) - 1) for a, _ in self.tokenizer.encode(caption).offsets[1:-1]]
+        return [max(0, bisect_right(starts, max(a, b - 1)) - 1) for a, b in self.tokenizer.encode(caption).offsets[1:-1]] # by its end: some pieces begin with the space
 
     def encode(self, caption: str, max_words: int = 47) -> list[int]:
         "A caption as ids, framed by the model's own special tokens; pieces after `max_words` are cut."
@@ -173,15 +173,6 @@ class Pieces:
 def vocabulary(stored: list[str] | str): # what `stored` of a `Vocab` or of `Pieces` gave
     "The vocabulary that a checkpoint keeps."
     return Pieces(stored) if isinstance(stored, str) else Vocab(stored)
-
-# %% ../nbs/02_text.ipynb #text-34-b
-def phrase_tokens(caption: str,
-                  vocab,           # a `Vocab` or `Pieces` with a parser
-                  max_words: int = 47,
-                 ) -> list[tuple[int, list[int]]]: # kind and token columns (<start> is column 0) of each phrase; none where the cut took all its words
-    "The phrases of a caption in columns of `Captions.tokens`."
-    word_of = vocab.word_of(caption)[:max_words]
-    return [(kind, [1 + t for t, w in enumerate(word_of) if w in words]) for kind, words in vocab.parser(caption).units]
 
 # %% ../nbs/02_text.ipynb #text-35
 class Captions(Bundle):
@@ -224,3 +215,12 @@ class Captions(Bundle):
             for p, (kind, columns) in enumerate(some):
                 if columns: units[c, p, columns], kinds[c, p] = True, kind
         return Captions(tokens=self.tokens, lengths=self.lengths, units=units, kinds=kinds)
+
+# %% ../nbs/02_text.ipynb #text-34-b
+def phrase_tokens(caption: str,
+                  vocab,           # a `Vocab` or `Pieces` with a parser
+                  max_words: int = 47,
+                 ) -> list[tuple[int, list[int]]]: # kind and token columns (<start> is column 0) of each phrase; none where the cut took all its words
+    "The phrases of a caption in columns of `Captions.tokens`."
+    word_of = vocab.word_of(caption)[:max_words]
+    return [(kind, [1 + t for t, w in enumerate(word_of) if w in words]) for kind, words in vocab.parser(caption).units]

@@ -6,9 +6,9 @@ import torch
 
 from imtm_lite.attention import SCAN
 from imtm_lite.data import Split
-from imtm_lite.encoders import VSE
+from imtm_lite.encoders import VSE, Matcher
 from imtm_lite.explore import GROUNDING, ground, right_regions
-from imtm_lite.models.ssamt import SSAMT
+from imtm_lite.models.ssamt import SSAMT, blame, blame_accuracy
 from imtm_lite.phrases import GoldParser, chunk
 from imtm_lite.text import Captions, Vocab
 
@@ -80,3 +80,31 @@ def test_the_question_leaves_no_trace(sample):
 
 def test_a_matcher_without_attention_is_refused(sample):
     with pytest.raises(ValueError, match='no attention of words over regions'): ground(matcher_of(sample, VSE), sample)
+
+
+def test_data_without_a_box_for_any_phrase_is_refused(sample):
+    bare = copy.copy(sample)
+    bare.phrases = [p | {'boxes': {}} for p in sample.phrases]
+    with pytest.raises(ValueError, match='train_phrases.jsonl: no phrase of a caption has a box'): ground(matcher_of(sample, SCAN), bare)
+
+
+def test_entities_without_nodes_look_where_their_words_look(sample):
+    matcher, plain = matcher_of(sample, SSAMT, units='triples'), matcher_of(sample, SSAMT, units='triples')
+    plain.phrase_attention = lambda *asked: Matcher.phrase_attention(plain, *asked)
+    assert ground(matcher, sample) == ground(plain, sample)
+    with pytest.raises(ValueError, match='nothing to ground'): ground(matcher_of(sample, SSAMT, units='triples', local=False), sample)
+
+
+@pytest.mark.parametrize('units', ['both', 'entities', 'triples'])
+def test_blame_counts_the_phrases_that_the_model_looks_at(sample, units):
+    matcher = matcher_of(sample, SSAMT, units=units)
+    matcher.vocab.parser, right = chunk, {}
+    for p in sample.probes:
+        texts = list(dict(blame(matcher, sample, p['image'], p['false'])))
+        true, graph = chunk(p['true']).keys, chunk(p['false'])
+        wrong = {' '.join(graph.words[w] for w in words) for (kind, words), key in zip(graph.units, graph.keys) if key not in true and units in ('both', ('entities', 'triples')[kind])}
+        if wrong and any(t not in wrong for t in texts): right.setdefault(p['kind'], []).append((texts[0] in wrong, len(wrong) / len(texts)))
+    found = blame_accuracy(matcher, sample)
+    assert found.keys() == right.keys() and len(found) > 1
+    for kind, some in right.items():
+        assert found[kind] == pytest.approx((len(some), *(100 * sum(x) / len(some) for x in zip(*some))))

@@ -50,6 +50,15 @@ def test_pieces_know_their_words(pieces):
         assert all(t in words[i] for i, t in zip(of, pieces.tokens(s)))
 
 
+def test_a_piece_that_begins_with_the_space_belongs_to_the_word_behind_it():
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    for mark, cut in (('\u2581', pre_tokenizers.Metaspace()), ('\u0120', pre_tokenizers.ByteLevel(add_prefix_space=True))):
+        table = ['<s>', '</s>', '<unk>', *(mark + w for w in ('a', 'dog', 'runs'))]
+        t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(table)}, unk_token='<unk>'))
+        t.pre_tokenizer, t.post_processor = cut, processors.TemplateProcessing(single='<s> $A </s>', special_tokens=[('<s>', 0), ('</s>', 1)])
+        assert Pieces(t.to_str()).word_of('a dog  runs')[-1] == 2 and Pieces(t.to_str()).word_of('a dog runs') == [0, 1, 2]
+
+
 WORDS = '[PAD] [UNK] [CLS] [SEP] [MASK] a dog red kite runs run two and it is are . , t b o y e ##s ##ning ##n ##ing be ##side ##h ##e ##a ##d'.split()
 SMALL = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, max_position_embeddings=120, initializer_range=.3)
 
