@@ -61,6 +61,11 @@ class TextGraph:
                 [(TRIPLE, sorted({*spans[t.subject], *t.words, *spans[t.object]})) for t in self.triples])
 
     @cached_property
+    def texts(self) -> list[str]:
+        "The words of every phrase."
+        return [' '.join(self.words[w] for w in words) for _, words in self.units]
+
+    @cached_property
     def keys(self) -> list[tuple]:
         "Normal form of every phrase, without the wording: ('shirt', {'red'}) or ('man', 'wear', 'shirt')."
         heads = [e.head for e in self.entities]

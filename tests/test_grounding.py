@@ -100,10 +100,14 @@ def test_blame_counts_the_phrases_that_the_model_looks_at(sample, units):
     matcher = matcher_of(sample, SSAMT, units=units)
     matcher.vocab.parser, right = chunk, {}
     for p in sample.probes:
-        texts = list(dict(blame(matcher, sample, p['image'], p['false'])))
-        true, graph = chunk(p['true']).keys, chunk(p['false'])
-        wrong = {' '.join(graph.words[w] for w in words) for (kind, words), key in zip(graph.units, graph.keys) if key not in true and units in ('both', ('entities', 'triples')[kind])}
-        if wrong and any(t not in wrong for t in texts): right.setdefault(p['kind'], []).append((texts[0] in wrong, len(wrong) / len(texts)))
+        with torch.no_grad(): false, true = (matcher.phrase_agreement(matcher.encode_images(sample.regions([p['image']])), t)[0, 0].masked_fill(~t.exists[0], 9).tolist()
+                                             for t in (matcher.encode_captions(Captions.from_text([p[k]], matcher.vocab)) for k in ('false', 'true')))
+        keys, known = chunk(p['false']).keys, chunk(p['true']).keys
+        looked = [u for u, a in enumerate(false) if a < 9]
+        wrong = [u for u in looked if keys[u] not in known]
+        assert [kind for kind, _ in (chunk(p['false']).units[u] for u in looked)] == [k for k, _ in chunk(p['false']).units if units in ('both', ('entities', 'triples')[k])]
+        assert [a for _, a in blame(matcher, sample, p['image'], p['false'])] == sorted(a for a in false if a < 9)
+        if wrong and wrong != looked: right.setdefault(p['kind'], []).append((false.index(min(false)) in wrong, len(wrong) / len(looked), true.index(min(true)) in wrong))
     found = blame_accuracy(matcher, sample)
     assert found.keys() == right.keys() and len(found) > 1
     for kind, some in right.items():
