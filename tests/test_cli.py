@@ -80,7 +80,7 @@ def one_line(out, *said):
 
 def test_faults_are_one_line_and_exit_code_2(world, run, tmp_path):
     new = tmp_path / 'new'
-    one_line(imtm('train', 'clip', '--data', world, '--out', new), 'vse, scan, camp, cmsei, hire')
+    one_line(imtm('train', 'clip', '--data', world, '--out', new), 'vse, scan, camp, ssamt, cmsei, hire')
     one_line(imtm('train', 'camp', '--data', world, '--out', new, '--set', 'gates=none'), 'gates', 'gate')
     one_line(imtm('train', 'camp', '--data', world, '--out', new, '--optimizer', 'lamb'), 'adamw')
     one_line(imtm('train', 'camp', '--data', tmp_path / 'nowhere', '--out', new), 'nowhere')
