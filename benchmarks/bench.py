@@ -4,7 +4,6 @@ Every figure is a median over rounds in which all forms take turns, so that what
 read the ratios to the plain form, and the shares of the matmul peak measured in the same rounds. Figures go to benchmarks/results.json.
 """
 import argparse
-import inspect
 import json
 import platform
 import statistics
@@ -27,7 +26,7 @@ from imtm_lite.recall import evaluate
 from imtm_lite.regions import Regions
 from imtm_lite.scoring import PeakBytes, score
 from imtm_lite.text import Captions, Vocab
-from imtm_lite.train import MODELS
+from imtm_lite.train import MODELS, arguments_for
 
 REGIONS, WORDS = 36, 200
 MOST = {'fast': (200_000, 4096), 'plain': (2048, 96)} # pairs timed in a round; the second figure is for CAMP
@@ -59,10 +58,9 @@ def items(n_images: int, n_captions: int, seed: int = 0) -> tuple[Regions, Capti
     return regions, captions.with_units([[(0, words(k, 0, 3)), (0, words(k, 5, 8)), (1, words(k, 0, 8))] for k in lengths.tolist()])
 
 
-def build(name: str, width: int):
+def build(name: str, width: int, region_width: int = 64):
     torch.manual_seed(0)
-    known = {k: v for k, v in dict(region_width=64, words=WORDS, predicates=20).items() if k in inspect.signature(MODELS[name]).parameters}
-    return MODELS[name](**known, width=width, word_width=32).eval()
+    return MODELS[name](**arguments_for(name, dict(region_width=region_width, words=WORDS, predicates=20)), width=width, word_width=32).eval()
 
 
 @torch.no_grad()

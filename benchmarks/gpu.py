@@ -5,7 +5,6 @@ form; CAMP trained for a few hundred steps at the papers' size (36 x 2048 featur
 The table comes last. What does not fit into memory or into the time is a line that says so.
 """
 import argparse
-import inspect
 import json
 import statistics
 import time
@@ -13,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.bench import REGIONS, WORDS, items
+from benchmarks.bench import REGIONS, build, items
 from benchmarks.plain import PLAIN
 from imtm_lite.encoders import Codes
 from imtm_lite.losses import HardestBCE, Triplet
 from imtm_lite.regions import Regions
 from imtm_lite.scoring import score
-from imtm_lite.train import MODELS, RECIPES
+from imtm_lite.train import RECIPES
 
 F30K = 29_000 # training pictures, five captions each
 
@@ -57,12 +56,6 @@ def memory_of(f, device: str) -> float | None: # MB at the peak beyond what stoo
     return round((torch.cuda.max_memory_allocated() - before) / 2 ** 20, 1)
 
 
-def model_of(name: str, width: int, region_width: int):
-    torch.manual_seed(0)
-    known = {k: v for k, v in dict(region_width=region_width, words=WORDS, predicates=20).items() if k in inspect.signature(MODELS[name]).parameters}
-    return MODELS[name](**known, width=width, word_width=300)
-
-
 @torch.no_grad()
 def scoring(device: str, width: int, shape: tuple[int, int], rounds: int, budget: Budget) -> list[dict]:
     "Pairs a second of every model: fast in float32 and bfloat16, plain in float32; largest difference of the bfloat16 scores."
@@ -70,7 +63,7 @@ def scoring(device: str, width: int, shape: tuple[int, int], rounds: int, budget
     rows = []
     for name in PLAIN:
         if budget.left() < 60: rows.append(dict(what='scoring', model=name, form='not run: no time left')); continue
-        matcher = model_of(name, width, 64).to(device).eval()
+        matcher = build(name, width).to(device).eval()
         v, t = matcher.encode_images(regions.to(device)), matcher.encode_captions(captions.to(device))
         few = v[:32], t[:32]
         exact = score(matcher, v, t)
@@ -92,7 +85,7 @@ def training(device: str, width: int, region_width: int, size: int, steps: int, 
         regions = Regions(features=torch.rand(size, REGIONS, region_width)).to(device)
         row = torch.arange(size, device=device)
         batch = type('Batch', (), dict(regions=regions, captions=captions.to(device), image=row, caption=row))()
-        matcher = model_of(name, width, region_width).to(device).train()
+        matcher = build(name, width, region_width).to(device).train()
         matcher.criterion = criterion
         optimiser = torch.optim.Adam(matcher.parameters(), lr=2e-4)
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from imtm_lite.data import DataError, Split
-from imtm_lite.models.cmsei import CMSEI, edge_influence
-from imtm_lite.models.hire import ORDERS, Hire
+from imtm_lite.models.cmsei import edge_influence
+from imtm_lite.models.hire import ORDERS
 from imtm_lite.regions import Regions
 from imtm_lite.train import CheckpointError, SettingError, build, check_fits, load, train
 from tests.test_matchers import changed, make, ragged

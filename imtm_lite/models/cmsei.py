@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import agreement, gram, masked_softmax, scan_attention, whole_attention
+from ..attention import agreement, attend, gram, masked_softmax, whole_attention
 from ..data import Split
 from ..encoders import Codes, Matcher, RegionEncoder, masked_mean, text_encoder
 from ..reasoning import REASONING
@@ -72,8 +72,7 @@ class CMSEI(Matcher):
 
     def attend(self, images: Codes, captions: Codes) -> tuple[Tensor, Tensor]: # both (C, B, T, R): cosines, weights
         "Object-word attention: SCAN's, words over regions."
-        cosine = torch.einsum('ctd,brd->cbtr', captions.x, images.x)
-        return cosine, scan_attention(cosine, captions.mask, images.mask, self.temperature)
+        return attend(captions, images, self.temperature)
 
     def match(self, images: Codes, captions: Codes) -> Tensor: # (B, C)
         alpha = whole_attention(captions.vector, images.x, images.mask, self.levels[0])[:, :, None]   # (C, B, 1, R) object-sentence

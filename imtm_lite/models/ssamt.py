@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import agreement, gram, masked_softmax, pool_agreement, scan_attention
+from ..attention import agreement, attend, gram, masked_softmax, pool_agreement
 from ..data import Split, need
 from ..encoders import Codes, Matcher, RegionEncoder, masked_mean, text_encoder
 from ..phrases import ENTITY, TRIPLE, PhraseLabels, TextGraph, phrase_penalty, structure_mask
@@ -73,7 +73,7 @@ class SSAMT(Matcher):
     def phrases(self, captions: Captions) -> Captions:
         "The captions with those phrases that this model wants."
         if captions.units is None: raise ValueError("ssamt needs captions with phrases: give the vocabulary a parser (`give_parser` of the training lesson, or `named_parser`)")
-        wanted = sum(captions.kinds == kind for kind in UNITS[self.config['units']]).bool()
+        wanted = torch.isin(captions.kinds, captions.kinds.new_tensor(UNITS[self.config['units']]))
         return Captions(tokens=captions.tokens, lengths=captions.lengths, units=captions.units & wanted[..., None], kinds=captions.kinds.masked_fill(~wanted, -1))
 
     def encode_captions(self, captions: Captions) -> Codes:
@@ -87,8 +87,7 @@ class SSAMT(Matcher):
         return Codes(x=x[:, :T], mask=captions.mask, phrases=x[:, T:-1], exists=there[:, T:-1], vector=x[:, -1])
 
     def word_weights(self, images: Codes, captions: Codes) -> tuple[Tensor, Tensor]: # both (C, B, T, R): cosines, weights
-        cosine = torch.einsum('ctd,brd->cbtr', captions.x, images.x)
-        return cosine, scan_attention(cosine, captions.mask, images.mask, self.temperature)
+        return attend(captions, images, self.temperature)
 
     def phrase_weights(self, images: Codes, captions: Codes) -> tuple[Tensor, Tensor]: # both (C, B, P, R): cosines, weights
         cosine = torch.einsum('cpd,brd->cbpr', captions.phrases, images.x)
