@@ -1,5 +1,5 @@
 "CMSEI and Hire: equal to their plain forms with gradients, each ablation switches off what it says, and data that lacks a file is refused."
-import json, shutil
+import shutil
 
 import pytest
 import torch
