@@ -66,18 +66,18 @@ PROTOCOLS = {p.name: p for p in (Protocol('plain'), Protocol('f30k-1k', 1000, 50
                                  Protocol('coco-5k', 5000, 25000), Protocol('coco-1k-5fold', 5000, 25000, folds=5))}
 
 # %% ../nbs/12_recall.ipynb #recall-22
-def check_protocol(name: str, images: int, captions: int) -> Protocol:
+def check_protocol(name: str | Protocol, images: int, captions: int) -> Protocol:
     "The protocol of that name, if there is one and the gallery has its size."
-    if name not in PROTOCOLS: raise ValueError(f'no protocol {name!r}: choose one of {", ".join(PROTOCOLS)}')
-    p = PROTOCOLS[name]
+    if not isinstance(name, Protocol) and name not in PROTOCOLS: raise ValueError(f'no protocol {name!r}: choose one of {", ".join(PROTOCOLS)}')
+    p = name if isinstance(name, Protocol) else PROTOCOLS[name]
     if p.images and (images, captions) != (p.images, p.captions):
-        raise ValueError(f'protocol {name} is defined on {p.images} images and {p.captions} captions, here are {images} and {captions}: use plain')
+        raise ValueError(f'protocol {p.name} is defined on {p.images} images and {p.captions} captions, here are {images} and {captions}: use plain')
     return p
 
 # %% ../nbs/12_recall.ipynb #recall-23
 def evaluate(scores: Tensor,        # (B, C) larger is better
              caption_image: Tensor, # (C,) the image that each caption describes
-             protocol: str = 'plain', # a name in PROTOCOLS
+             protocol: str | Protocol = 'plain', # a name in PROTOCOLS, or one of your own
             ) -> Recall:            # averaged over the protocol's folds
     "Recall by a named protocol; refuses a gallery of another size."
     B, C = scores.shape
@@ -87,4 +87,4 @@ def evaluate(scores: Tensor,        # (B, C) larger is better
         of = (caption_image >= block[0]) & (caption_image <= block[-1])                 # captions of this fold's images
         parts.append(recall(scores[block[0]:block[-1] + 1, of], caption_image[of] - block[0]))
     mean = lambda way: tuple(sum(r) / len(r) for r in zip(*(getattr(q, way) for q in parts)))
-    return Recall(mean('i2t'), mean('t2i'), protocol)
+    return Recall(mean('i2t'), mean('t2i'), p.name)
