@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'say', 'Setting', 'imtm', 'main', 'package', 'findings', 'doctor', 'world', 'check', 'triples', 'parse',
            'show_stages', 'changed', 'train', 'assignment', 'commit', 'figures', 'eval_', 'show_figures', 'ground',
-           'search', 'chance', 'demo', 'dev_curves', 'finish_demo']
+           'search', 'reproduce', 'chance', 'demo', 'dev_curves', 'finish_demo']
 
 # %% ../nbs/21_cli.ipynb #cli-03
 import json, os, platform, shutil, subprocess, sys, time
@@ -259,6 +259,34 @@ def search(run: Path = typer.Argument(help='folder of a run, or a checkpoint'), 
     import matplotlib; matplotlib.use('Agg')
     draw_rankings(matcher, part, {sentence: None}, top=top).savefig(out, dpi=150)
     say.print(f'drawn in {out}', markup=False)
+
+# %% ../nbs/21_cli.ipynb #cli-26-b
+from . import results
+
+# %% ../nbs/21_cli.ipynb #cli-26-c
+@app.command()
+def reproduce(row: str = typer.Argument(None, help='a row of a paper; without one, all are listed'), data: Path = typer.Option(None, help="folder with the row's files"),
+              out: Path = typer.Option(Path('runs/reproduce'), help='runs and record; rows can share it'), seeds: int = typer.Option(1, help='how many'),
+              ensemble: int = typer.Option(1, help='runs whose score matrices are averaged'), dry_run: bool = typer.Option(False, '--dry-run', help='every stage, on a few generated pictures'),
+              text: str = typer.Option(None, help="a pretrained text model, by folder or hub name, instead of the preset's Bi-GRU"),
+              precision: str = typer.Option('no', help='no, bf16 or fp16'), device: str = typer.Option('auto', help='auto or cpu'),
+              memory: float = typer.Option(None, help='GiB for scoring tiles', show_default='small on a CPU, 1 on a GPU'), save_every: int = typer.Option(500, help='steps between checkpoints')):
+    """Train and evaluate a row of a paper's table, and compare.
+
+    Examples: imtm reproduce
+
+    imtm reproduce camp-f30k --dry-run
+
+    imtm reproduce camp-f30k --data data/f30k_precomp --seeds 3 --precision bf16
+    """
+    if row is None: return print(results.listing())
+    def tell(record):
+        show_stages(record['model'], record['preset'], record['stages'])
+        print(*results.conditions(record), sep='\n')
+    record = results.reproduce(row, data, out, seeds=seeds, ensemble=ensemble, dry=dry_run, text=text, precision=precision, device=device,
+                               memory=memory and int(memory * 2**30), save_every=save_every, tell=tell, library=commit())
+    print(results.report(record))
+    say.print(f'written to {results.record_path(results.find_row(row, ensemble), out, dry_run)}' + ('' if dry_run else '; copied to data/results it enters the page of results'), markup=False)
 
 # %% ../nbs/21_cli.ipynb #cli-28
 def chance(split: Split, seed: int) -> Recall:

@@ -6,8 +6,9 @@
 __all__ = ['LIST', 'PAPERS', 'GALLERIES', 'FIGURES', 'SETTINGS', 'NO_COCO', 'ROWS', 'PARTNERS', 'PICTURES', 'REGIONS', 'CLOSE',
            'DRY', 'Row', 'paper_row', 'find_row', 'spread', 'columns', 'listing', 'needs', 'files', 'differences',
            'open_splits', 'compare', 'mean_scores', 'write_json', 'sessions', 'session', 'hours', 'dry_data',
-           'changes_of', 'new_record', 'file_name', 'versions', 'one_seed', 'reproduce', 'mean_figures', 'verdict',
-           'report', 'seed_line', 'read_records', 'page', 'six', 'ours', 'missing', 'elsewhere']
+           'changes_of', 'new_record', 'record_path', 'versions', 'earlier_seeds', 'one_seed', 'reproduce',
+           'mean_figures', 'verdict', 'report', 'conditions', 'seed_line', 'read_records', 'page', 'six', 'ours',
+           'missing', 'elsewhere']
 
 # %% ../nbs/19_results.ipynb #results-03
 import hashlib, json, os, platform, shutil, time
@@ -186,7 +187,7 @@ def session(folder: Path):
 def hours(folder: Path) -> float: return sum(end - begin for begin, end in sessions(folder)) / 3600
 
 # %% ../nbs/19_results.ipynb #results-39
-DRY = dict(train=20, dev=5, test=10) # pictures; five folds of two
+DRY = dict(train=12, dev=5, test=10) # pictures; five folds of two
 
 def dry_data(row: Row, folder: Path) -> Path:
     "A generated data set with the files of a row and no others; made once."
@@ -219,12 +220,20 @@ def new_record(row: Row, splits: dict[str, Split], changes: dict, dry: bool) -> 
                 data=dict(folder=next(iter(splits.values())).root.name, pictures={k: s.n_images for k, s in splits.items()}, fingerprints={k: s.fingerprint() for k, s in splits.items()}),
                 differences=differences(row, splits), seeds=[])
 
-def file_name(row: Row, dry: bool) -> str: return f'{"dry-run" if dry else "reproduce"}-{row.name}.json'
+def record_path(row: Row, out: str | Path, dry: bool) -> Path: # out: as in `reproduce`
+    "Where the record of a row is written."
+    return Path(out)/'dry-run'/f'dry-run-{row.name}.json' if dry else Path(out)/f'reproduce-{row.name}.json'
 
 def versions(library: str) -> dict: return dict(imtm_lite=library, python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
 
 # %% ../nbs/19_results.ipynb #results-44
-def one_seed(row: Row, splits: dict, record: dict, earlier: list[dict], seed: int, folder: Path, *, precision, device, memory, save_every, progress, library) -> dict:
+def earlier_seeds(path: Path, record: dict) -> dict[int, dict]:
+    "What an earlier call left of the same data and the same changes."
+    old = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else None
+    same = old and old['changes'] == record['changes'] and old['data']['fingerprints'] == record['data']['fingerprints']
+    return {s['seed']: s for s in old['seeds']} if same else {}
+
+def one_seed(row: Row, splits: dict, record: dict, old: dict | None, seed: int, folder: Path, *, precision, device, memory, save_every, progress, library) -> dict:
     "Train the runs of one seed, evaluate their mean, and say what that was."
     members = range(seed * row.ensemble, (seed + 1) * row.ensemble)
     runs = [folder/f'seed{m}' for m in members]
@@ -234,8 +243,7 @@ def one_seed(row: Row, splits: dict, record: dict, earlier: list[dict], seed: in
                          device=device, memory=memory, save_every=save_every, progress=progress)
     known = dict(seed=seed, members=list(members), fingerprints=record['data']['fingerprints'],
                  checkpoints=[hashlib.sha256((run/'best.safetensors').read_bytes()).hexdigest()[:12] for run in runs])
-    for old in earlier:
-        if all(old[k] == v for k, v in known.items()): return old
+    if old and all(old[k] == v for k, v in known.items()): return old
     where = 'cuda' if torch.cuda.is_available() and device != 'cpu' else 'cpu'
     test, protocol = splits[row.split], PROTOCOLS[row.protocol]
     if record['dry']: protocol = replace(protocol, name=f'{protocol.name}, dry run', images=None, captions=None)
@@ -252,18 +260,20 @@ def reproduce(name: str,                       # of a row in ROWS
               dry: bool = False,               # every stage, on a few generated pictures
               text: str | None = None,         # a pretrained text model instead of the preset's Bi-GRU
               precision: str = 'no', device: str = 'auto', memory: int | None = None, save_every: int = 500, progress: bool = True, # as in `train`
+              tell=lambda record: None,        # called once, when all is checked and nothing trained
               library: str = __version__) -> dict: # the record, as it is written
     "Train and evaluate a row of a paper as its preset and protocol say; goes on where it was interrupted."
     row, folder = find_row(name, ensemble), Path(out)/'dry-run' if dry else Path(out)
     if seeds < 1: raise SettingError(f'a row has 1 seed or more, not {seeds}')
     if data is None and not dry: raise SettingError(f'{name}: needs --data, a folder with {", ".join(files(row))}; --dry-run needs none')
     splits = open_splits(row, dry_data(row, folder) if dry else data, sized=not dry)
-    record, path = new_record(row, splits, changes_of(text, dry), dry), folder/file_name(row, dry)
-    if progress and not dry: print(*(f"not the paper's data: {line}" for line in record['differences']), sep='\n', end='\n' * bool(record['differences']))
-    earlier = json.loads(path.read_text(encoding='utf-8'))['seeds'] if path.is_file() else []
+    record, path = new_record(row, splits, changes_of(text, dry), dry), record_path(row, out, dry)
+    tell(record)
+    done = earlier_seeds(path, record)
     for seed in range(seeds):
-        record['seeds'].append(one_seed(row, splits, record, earlier, seed, folder/f'{row.model}-{row.data}', precision=precision, device=device,
-                                        memory=memory, save_every=save_every, progress=progress, library=library))
+        done[seed] = one_seed(row, splits, record, done.get(seed), seed, folder/f'{row.model}-{row.data}', precision=precision, device=device,
+                              memory=memory, save_every=save_every, progress=progress, library=library)
+        record['seeds'] = [done[s] for s in sorted(done)]
         record['verdict'] = verdict(row, record)
         write_json(path, record)
     return record
@@ -275,9 +285,9 @@ def mean_figures(record: dict) -> list[float]: # six
 
 def verdict(row: Row, record: dict) -> str:
     "What can be said of a record beside its row."
-    if record['dry']: return 'none: a dry run, whose figures are not to be compared with anything'
-    if row.figures is None: return f'none: {row.source}'
-    if record['differences']: return "none: not the paper's data"
+    if record['dry']: return 'no verdict: a dry run, whose figures are not to be compared with anything'
+    if row.figures is None: return f'no verdict: {row.source}'
+    if record['differences']: return "no verdict: not the paper's data"
     off, word = compare(row.figures, mean_figures(record))
     return f"{word}: {off:.1f} points a figure on average, at most {CLOSE:.1f} would match"
 
@@ -285,15 +295,21 @@ def verdict(row: Row, record: dict) -> str:
 def report(record: dict) -> str:
     "A record as text."
     row, figures = find_row(record['row'], record['ensemble']), [(*s['i2t'], *s['t2i'], s['rsum']) for s in record['seeds']]
-    table = [['', *(f'{way} R@{k}' for way in ('i2t', 't2i') for k in (1, 5, 10)), 'rSum']]
-    if row.figures and not record['dry']: table.append(['paper', *(f'{x:.1f}' for x in (*row.figures, row.rsum))])
-    table.append(['dry run' if record['dry'] else 'ours', *map(spread, zip(*figures))])
-    if row.figures and not record['dry']: table.append(['difference', *(f'{o - p:+.1f}' for o, p in zip(np.mean(figures, 0), (*row.figures, row.rsum)))])
+    paper = (*row.figures, row.rsum) if row.figures and not record['dry'] else ()
+    table = [['', *(f'{way} R@{k}' for way in ('i2t', 't2i') for k in (1, 5, 10)), 'rSum'],
+             *([['paper', *(f'{x:.1f}' for x in paper)]] if paper else []),
+             ['dry run' if record['dry'] else 'ours', *map(spread, zip(*figures))],
+             *([['difference', *(f'{o - p:+.1f}' for o, p in zip(np.mean(figures, 0), paper))]] if paper else [])]
     dry = [f"DRY RUN: {', '.join(f'{n} {s}' for s, n in record['data']['pictures'].items())} generated pictures, one epoch a stage. No result."] if record['dry'] else []
     kind = 'single model' if row.ensemble == 1 else f'mean of {row.ensemble} runs'
-    return '\n'.join([f"{row.name}: {row.paper}, {row.gallery}, split {row.split}, protocol {row.protocol}, {kind}", *dry, *columns(table), f"verdict: {record['verdict']}",
-                      *(f"not the paper's data: {line}" for line in record['differences'] if not record['dry']), f"figures: {row.source}", f"settings: {row.settings}",
-                      *([f"changed: {record['changes']}"] if record['changes'] else []), *map(seed_line, record['seeds'])])
+    return '\n'.join([f"{row.name}: {row.paper}, {row.gallery}, split {row.split}, protocol {row.protocol}, {kind}", *dry, *columns(table), record['verdict'],
+                      *conditions(record), *map(seed_line, record['seeds'])])
+
+def conditions(record: dict) -> list[str]:
+    "What is known of a record before there are figures, a line each."
+    changed = ', '.join(f'{k} {v}' for k, v in record['changes'].items())
+    return [f"paper's figures: {record['source']}", f"settings: {record['settings']}", *[f'changed: {changed}'] * bool(changed),
+            *(f"not the paper's data: {line}" for line in record['differences'] if not record['dry'])]
 
 def seed_line(s: dict) -> str:
     "Where one seed's figures come from."
@@ -329,7 +345,8 @@ def six(figures, rsum) -> str: # a table's cell; figures are numbers or text
 def ours(row: Row, record: dict) -> str:
     "Our figures and the verdict, two cells."
     *text, rsum = map(spread, zip(*((*s['i2t'], *s['t2i'], s['rsum']) for s in record['seeds'])))
-    return f"{six(text, rsum)} ({len(record['seeds'])} seed{'s' * (len(record['seeds']) > 1)}; {record['seeds'][0]['versions']['imtm_lite']}) | {verdict(row, record)}"
+    how = [f"{len(record['seeds'])} seed{'s' * (len(record['seeds']) > 1)}", *(f'{k} changed' for k in record['changes']), f"library {record['seeds'][0]['versions']['imtm_lite']}"]
+    return f"{six(text, rsum)} ({', '.join(how)}) | {verdict(row, record)}"
 
 def missing(row: Row) -> str:
     "What a row waits for."
