@@ -7,8 +7,8 @@ __all__ = ['LIST', 'PAPERS', 'GALLERIES', 'FIGURES', 'SETTINGS', 'NO_COCO', 'ROW
            'DRY', 'Row', 'paper_row', 'find_row', 'spread', 'columns', 'listing', 'needs', 'files', 'differences',
            'open_splits', 'compare', 'mean_scores', 'write_json', 'sessions', 'session', 'hours', 'dry_data',
            'changes_of', 'new_record', 'record_path', 'versions', 'earlier_seeds', 'one_seed', 'reproduce',
-           'mean_figures', 'verdict', 'report', 'conditions', 'seed_line', 'read_records', 'page', 'six', 'ours',
-           'missing', 'elsewhere']
+           'mean_figures', 'verdict', 'report', 'changed', 'conditions', 'seed_line', 'read_records', 'page', 'six',
+           'ours', 'missing', 'elsewhere']
 
 # %% ../nbs/19_results.ipynb #results-03
 import hashlib, json, os, platform, shutil, time
@@ -305,10 +305,14 @@ def report(record: dict) -> str:
     return '\n'.join([f"{row.name}: {row.paper}, {row.gallery}, split {row.split}, protocol {row.protocol}, {kind}", *dry, *columns(table), record['verdict'],
                       *conditions(record), *map(seed_line, record['seeds'])])
 
+def changed(record: dict) -> list[str]:
+    "What was changed of the preset."
+    flat = {k: v for k, v in record['changes'].items() if k != 'arguments'} | record['changes'].get('arguments', {})
+    return [f'{k} {Path(v).name if k == "text" else v}' for k, v in flat.items()]
+
 def conditions(record: dict) -> list[str]:
     "What is known of a record before there are figures, a line each."
-    changed = ', '.join(f'{k} {v}' for k, v in record['changes'].items())
-    return [f"paper's figures: {record['source']}", f"settings: {record['settings']}", *[f'changed: {changed}'] * bool(changed),
+    return [f"paper's figures: {record['source']}", f"settings: {record['settings']}", *[f"changed: {', '.join(changed(record))}"] * bool(record['changes']),
             *(f"not the paper's data: {line}" for line in record['differences'] if not record['dry'])]
 
 def seed_line(s: dict) -> str:
@@ -345,7 +349,7 @@ def six(figures, rsum) -> str: # a table's cell; figures are numbers or text
 def ours(row: Row, record: dict) -> str:
     "Our figures and the verdict, two cells."
     *text, rsum = map(spread, zip(*((*s['i2t'], *s['t2i'], s['rsum']) for s in record['seeds'])))
-    how = [f"{len(record['seeds'])} seed{'s' * (len(record['seeds']) > 1)}", *(f'{k} changed' for k in record['changes']), f"library {record['seeds'][0]['versions']['imtm_lite']}"]
+    how = [f"{len(record['seeds'])} seed{'s' * (len(record['seeds']) > 1)}", *changed(record), f"library {record['seeds'][0]['versions']['imtm_lite']}"]
     return f"{six(text, rsum)} ({', '.join(how)}) | {verdict(row, record)}"
 
 def missing(row: Row) -> str:

@@ -8,10 +8,10 @@ import torch
 
 from imtm_lite.cli import commit, main
 from imtm_lite.data import DataError, Split
-from imtm_lite.recall import PROTOCOLS, evaluate
+from imtm_lite.recall import PROTOCOLS, Protocol, evaluate
 from imtm_lite.results import (DRY, PAPERS, PICTURES, ROWS, compare, differences, dry_data, elsewhere, files, find_row, hours, listing, mean_scores, needs, open_splits,
                                page, read_records, record_path, report, reproduce, sessions, spread, verdict, write_json)
-from imtm_lite.train import SettingError, load, split_scores, train
+from imtm_lite.train import RECIPES, CheckpointError, SettingError, load, split_scores, train
 
 ROOT = Path(__file__).parent.parent
 IMTM = [sys.executable, '-c', 'from imtm_lite.cli import main; main()']
@@ -166,6 +166,29 @@ def test_an_ensemble_is_the_mean_of_the_score_matrices(world, tmp_path):
     a, b = (split_scores(m, test, m.vocab) for m in map(load, runs))
     assert not torch.equal(a, b)
     assert torch.equal(mean_scores(runs, test), (a + b) / 2) and torch.equal(mean_scores(runs[:1], test), a)
+
+
+def test_a_real_run_goes_from_the_files_to_the_page(world, tmp_path, monkeypatch):
+    "The row's own names, at the world's sizes and with a preset for seconds."
+    stage = dict(model='ssamt', arguments=dict(width=16, word_width=8), size=40, per_image=1, epochs=1, min_freq=2)
+    monkeypatch.setitem(RECIPES['ssamt'], 'f30k', [stage])
+    monkeypatch.setitem(PROTOCOLS, 'f30k-1k', Protocol('f30k-1k', 24, 120))
+    monkeypatch.setitem(PICTURES, 'f30k', dict(train=80, dev=24, test=24))
+    monkeypatch.setattr('imtm_lite.results.REGIONS', (12, 128))
+    how = dict(out=tmp_path / 'out', device='cpu', progress=False)
+    made = reproduce('ssamt-f30k', world, seeds=2, **how)
+    assert made['differences'] == [] and made['verdict'].startswith('below: ') and read_records(tmp_path / 'out') == {'ssamt-f30k': json.loads(json.dumps(made))}
+    test, m = Split(world, 'test'), load(tmp_path / 'out/ssamt-f30k/seed1')
+    assert made['seeds'][1]['rsum'] == evaluate(split_scores(m, test, m.vocab), torch.from_numpy(test.caption_image)).rsum and m.card['settings']['seed'] == 1
+    line = next(x for x in page(tmp_path / 'out').split('\n') if '`ssamt-f30k`' in x)
+    assert '2 seeds, library' in line and f"{np.mean([s['rsum'] for s in made['seeds']]):.1f} ±" in line and made['verdict'] in line
+    monkeypatch.setitem(PICTURES, 'f30k', dict(train=29_000, dev=24, test=24))
+    assert reproduce('ssamt-f30k', world, **how)['verdict'] == "no verdict: not the paper's data"
+    other = shutil.copytree(world, tmp_path / 'other', ignore=shutil.ignore_patterns('pictures'))
+    (other / 'dev_caps.txt').write_text((world / 'dev_caps.txt').read_text().replace(' is ', ' was ', 1))
+    before = (tmp_path / 'out/reproduce-ssamt-f30k.json').read_bytes()
+    with pytest.raises(CheckpointError, match='choose another folder'): reproduce('ssamt-f30k', other, **how)
+    assert (tmp_path / 'out/reproduce-ssamt-f30k.json').read_bytes() == before
 
 
 def test_ssamt_dry_run_with_seeds_and_an_ensemble(tmp_path):
