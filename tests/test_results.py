@@ -11,7 +11,7 @@ from imtm_lite.data import DataError, Split
 from imtm_lite.recall import PROTOCOLS, Protocol, evaluate
 from imtm_lite.results import (DRY, PAPERS, PICTURES, ROWS, compare, differences, dry_data, elsewhere, files, find_row, hours, listing, mean_scores, needs, open_splits,
                                page, read_records, record_path, report, reproduce, sessions, spread, verdict, write_json)
-from imtm_lite.train import RECIPES, CheckpointError, SettingError, load, split_scores, train
+from imtm_lite.train import RECIPES, CheckpointError, SettingError, load, read_checkpoint, split_scores, train
 
 ROOT = Path(__file__).parent.parent
 IMTM = [sys.executable, '-c', 'from imtm_lite.cli import main; main()']
@@ -214,25 +214,35 @@ def test_ssamt_dry_run_with_seeds_and_an_ensemble(tmp_path):
     shutil.rmtree(tmp_path)
 
 
-def test_camp_dry_run_killed_in_its_second_stage_goes_on_to_the_same_figures(tmp_path):
-    whole = reproduce('camp-f30k', out=tmp_path / 'whole', dry=True, device='cpu', progress=False)
-    shutil.rmtree(tmp_path / 'whole/dry-run/camp-f30k')
-    assert [s['model'] for s in whole['stages']] == ['camp-stage1', 'camp', 'camp'] and all(s['epochs'] == 1 for s in whole['stages'])
-    words = [*IMTM, 'reproduce', 'camp-f30k', '--dry-run', '--out', tmp_path / 'cut', '--device', 'cpu']
-    folder = tmp_path / 'cut/dry-run/camp-f30k/seed0'
-    killed = subprocess.Popen(list(map(str, words)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    for _ in range(2400):
-        if (folder / 'stage1/last.safetensors').is_file() or killed.poll() is not None: break
-        time.sleep(.1)
-    killed.send_signal(signal.SIGKILL); killed.wait()
-    path = record_path(ROWS['camp-f30k'], tmp_path / 'cut', True)
-    assert (folder / 'stage1/last.safetensors').is_file() and not (folder / 'last.safetensors').exists() and not path.exists()
-    stamp = (folder / 'stage1/best.safetensors').stat().st_mtime_ns
-    out = subprocess.run(list(map(str, words)), capture_output=True, text=True)
+def test_camp_dry_run_goes_through_every_stage_at_full_width(tmp_path):
+    out = subprocess.run([*IMTM, 'reproduce', 'camp-f30k', '--dry-run', '--out', tmp_path, '--device', 'cpu'], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
+    path = record_path(ROWS['camp-f30k'], tmp_path, True)
     assert 'DRY RUN' in out.stdout and 'no verdict' in out.stdout and '466.9' not in out.stdout and str(path) in ''.join(out.stdout.split('\n'))
-    assert (folder / 'stage1/best.safetensors').stat().st_mtime_ns == stamp                             # not trained again
-    got, want = json.loads(path.read_text())['seeds'][0], whole['seeds'][0]
-    assert (got['i2t'], got['t2i'], got['checkpoints']) == (list(want['i2t']), list(want['t2i']), want['checkpoints'])
-    assert len(sessions(folder)) == 2 and got['hours'] == [round(hours(folder), 4)] and got['versions']['imtm_lite'] == commit()
+    made = json.loads(path.read_text())
+    assert [s['model'] for s in made['stages']] == ['camp-stage1', 'camp', 'camp'] and all(s['epochs'] == 1 for s in made['stages'])
+    for stage in ('stage1', 'stage2', '.'): assert read_checkpoint(tmp_path / 'dry-run/camp-f30k/seed0' / stage / 'best.safetensors')[0]['config']['width'] == 1024
+    assert made['dry'] and made['verdict'].startswith('no verdict') and made['seeds'][0]['versions']['imtm_lite'] == commit() and made['seeds'][0]['hours'][0] > 0
     shutil.rmtree(tmp_path)
+
+
+NARROW = "from imtm_lite.train import RECIPES\nfor stage in RECIPES['camp']['f30k']: stage['arguments'] = dict(width=64)\n" # the same stages, in seconds
+
+
+def test_a_killed_run_goes_on_to_the_same_figures(tmp_path):
+    command = lambda name: [sys.executable, '-c', NARROW + IMTM[2], 'reproduce', 'camp-f30k', '--dry-run', '--out', str(tmp_path / name), '--device', 'cpu']
+    folder, path = tmp_path / 'cut/dry-run/camp-f30k/seed0', record_path(ROWS['camp-f30k'], tmp_path / 'cut', True)
+    killed = subprocess.Popen(command('cut'), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while killed.poll() is None and not (folder / 'stage1/last.safetensors').is_file(): time.sleep(.01)
+    killed.send_signal(signal.SIGKILL); killed.wait()
+    assert (folder / 'stage1/last.safetensors').is_file() and not path.exists()
+    stamp = (folder / 'stage1/best.safetensors').stat().st_mtime_ns
+    for name in ('cut', 'whole'):
+        out = subprocess.run(command(name), capture_output=True, text=True)
+        assert out.returncode == 0, out.stderr
+    assert (folder / 'stage1/best.safetensors').stat().st_mtime_ns == stamp                             # not trained again
+    got, want = (json.loads(record_path(ROWS['camp-f30k'], tmp_path / name, True).read_text())['seeds'][0] for name in ('cut', 'whole'))
+    assert (got['i2t'], got['t2i']) == (want['i2t'], want['t2i'])
+    weights = [read_checkpoint(tmp_path / name / 'dry-run/camp-f30k/seed0/best.safetensors')[1] for name in ('cut', 'whole')]
+    assert all(torch.equal(w, weights[1][k]) for k, w in weights[0].items())
+    assert len(sessions(folder)) == 2 and got['hours'] == [round(hours(folder), 4)]
