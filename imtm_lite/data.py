@@ -653,7 +653,7 @@ class SplitWriter:
 
     def finish(self): np.save(self.at('caption_image'), np.concatenate(self.image))
 
-# %% ../nbs/03_data.ipynb #data-105
+# %% ../nbs/03_data.ipynb #data-104-a
 def world_bytes(images: int, *, regions: int, width: int, pictures: bool) -> int:
     "A little more than a world takes on disk: texts are below 2 kB a picture, drawings below 6 kB."
     return images * (regions * (2 * width + 20) + 2_000 + 6_000 * pictures)
@@ -669,6 +669,7 @@ def make_room(root: Path, size: int): # in bytes
     free = shutil.disk_usage(next(p for p in root.absolute().parents if p.exists())).free
     if size > free: raise DataError(root, f'needs {size / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB free', 'make room, choose another disk, or ask for fewer pictures')
 
+# %% ../nbs/03_data.ipynb #data-105
 def _start_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
