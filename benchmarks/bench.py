@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plain import PLAIN
 from imtm_lite.cli import commit
-from imtm_lite.data import Split, batches
+from imtm_lite.data import Split, batches, plan
 from imtm_lite.losses import Triplet
 from imtm_lite.phrases import Entity, PhraseLabels, TextGraph
 from imtm_lite.recall import evaluate
@@ -136,8 +136,23 @@ def ranks(shape, rounds: int) -> list[dict]:
     return [dict(what='ranks', model='', form=form, shape=list(shape), per_s=round(s, 1), ratio_to_plain=round(s / speed['plain'], 2)) for form, s in speed.items()]
 
 
-def loader(n: int, rounds: int) -> list[dict]:
-    "Samples a second from memory-mapped features of the papers' size (36 x 2048, float32)."
+class PlainLoader:
+    "One pair at a time, as released loaders read it: the image's row, the caption's words looked up anew; then a batch is stacked and padded."
+    def __init__(self, split: Split, vocab: Vocab): self.split, self.vocab = split, vocab
+
+    def __getitem__(self, c):
+        return torch.tensor(self.split.features[self.split.caption_image[c]]).float(), torch.tensor(self.vocab.encode(self.split.captions[c]))
+
+    def batch(self, rows):
+        pairs = sorted((self[c] for c in rows), key=lambda pair: len(pair[1]), reverse=True)
+        images, captions = zip(*pairs)
+        tokens = torch.zeros(len(captions), len(captions[0]), dtype=torch.long)
+        for row, caption in zip(tokens, captions): row[:len(caption)] = caption
+        return torch.stack(images), tokens, [len(c) for c in captions]
+
+
+def loader(n: int, rounds: int, workers: int = 2) -> list[dict]:
+    "Samples a second from memory-mapped features of the papers' size (36 x 2048, float32), checked and read by threads, or one by one; warm."
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         np.save(root / 'train_ims.npy', np.random.default_rng(0).random((n, REGIONS, 2048), dtype=np.float32))
@@ -145,10 +160,14 @@ def loader(n: int, rounds: int) -> list[dict]:
         (root / 'train_caps.txt').write_text('a dog runs after a red ball on the grass\n' * 5 * n)
         split = Split(root, 'train')
         vocab = Vocab.build(split.captions, 1)
-        read = lambda epoch: [len(b) for b in batches(split, vocab, size=128, seed=0, epoch=epoch, per_image=1)]
-        read(0)
-        speed = n / statistics.median(clock(lambda e=e: read(e)) for e in range(1, rounds + 1))
-    return [dict(what='loader', model='', form='fast', shape=[n, REGIONS, 2048], per_s=round(speed, 1))]
+        order, plain = dict(size=128, seed=0, per_image=1), PlainLoader(split, vocab)
+        forms = {'fast': lambda epoch: [len(b) for b in batches(split, vocab, epoch=epoch, workers=workers, **order)],
+                 'plain': lambda epoch: [len(plain.batch(rows)[0]) for rows in plan(split, epoch=epoch, **order)]}
+        found = {form: [] for form in forms}
+        for epoch in range(rounds + 1):                                                              # the first reads the file into memory
+            for form, f in forms.items(): found[form].append(clock(lambda: f(epoch)))
+        speed = {form: n / statistics.median(s[1:]) for form, s in found.items()}
+    return [dict(what='loader', model='', form=form, shape=[n, REGIONS, 2048], per_s=round(s, 1), ratio_to_plain=round(s / speed['plain'], 2)) for form, s in speed.items()]
 
 
 def show(rows: list[dict], title: str):

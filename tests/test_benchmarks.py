@@ -7,7 +7,10 @@ import pytest
 import torch
 from tests.test_matchers import make, ragged
 
+from benchmarks.bench import PlainLoader
 from benchmarks.plain import PLAIN
+from imtm_lite.data import Split, batches, plan
+from imtm_lite.text import Vocab
 
 
 @pytest.mark.parametrize('dtype,tolerance', [(torch.float32, 1e-5), (torch.float64, 1e-10)])
@@ -24,6 +27,16 @@ def test_plain_and_fast_agree_with_gradients(name, dtype, tolerance):
         if a is not None or b is not None: torch.testing.assert_close(a, b, atol=10 * tolerance, rtol=10 * tolerance)
 
 
+def test_plain_and_fast_loader_give_the_same_batches(world):
+    split = Split(world, 'train')
+    vocab = Vocab.build(split.captions)
+    order, plain = dict(size=32, seed=0, epoch=0, per_image=1), PlainLoader(split, vocab)
+    for rows, b in zip(plan(split, **order), batches(split, vocab, **order, workers=2), strict=True):
+        by_length = b.captions.lengths.argsort(descending=True, stable=True)
+        images, tokens, lengths = plain.batch(rows)
+        assert images.equal(b.regions.features[by_length]) and tokens.equal(b.captions.tokens[by_length]) and lengths == b.captions.lengths[by_length].tolist()
+
+
 def test_dry_run_leaves_a_table_and_a_file(tmp_path):
     out = subprocess.run([sys.executable, '-m', 'benchmarks.bench', '--quick', '--out', tmp_path / 'r.json'], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
@@ -31,6 +44,7 @@ def test_dry_run_leaves_a_table_and_a_file(tmp_path):
     scoring = [r for r in rows if r['what'] == 'scoring']
     assert {(r['model'], r['form']) for r in scoring} == {(m, f) for m in PLAIN for f in ('fast', 'plain')}
     assert all({'what', 'model', 'form', 'shape', 'per_s', 'ratio_to_plain', 'peak_share', 'peak_mb'} <= r.keys() and r['per_s'] > 0 for r in scoring)
+    assert {r['form']: r['ratio_to_plain'] > 0 for r in rows if r['what'] == 'loader'} == {'fast': True, 'plain': True}
     assert {r['what'] for r in rows} == {'scoring', 'training step', 'ranks', 'loader'} and not (tmp_path / 'r.json.partial').exists()
 
 

@@ -31,6 +31,19 @@ def test_doctor_says_a_line_each():
     assert out.returncode == 0 and out.stdout.count('\n') >= 10 and 'mini detector' in out.stdout
 
 
+def test_world_of_a_shape_with_other_numbers(tmp_path):
+    out = imtm('world', tmp_path / 'w', '--shape', 'f30k', '--train', 40, '--dev', 10, '--test', 10)
+    assert out.returncode == 0 and '40 + 10 + 10 pictures' in ' '.join(out.stdout.split()), out.stderr
+    for name, n in (('train', 40), ('dev', 10), ('test', 10)):
+        split = Split(tmp_path / 'w', name)
+        assert split.features.shape == (n, 36, 2048) and split.features.dtype == np.float16 and len(split.captions) == 5 * n
+    assert not (tmp_path / 'w' / 'pictures').exists()
+    for words in (('--shape', 'f8k'), ('--width', 100), ('--train', -1), ('--regions', 0), ('--workers', -1)):
+        one_line(imtm('world', tmp_path / 'v', *words), str(words[1]))
+    one_line(imtm('world', tmp_path / 'v', '--shape', 'coco', '--train', 800_000, '--regions', 10_000), 'GB free')
+    assert not (tmp_path / 'v').exists()
+
+
 def test_check_of_the_world(world):
     out = imtm('check', world)
     assert out.returncode == 0 and 'train' in out.stdout

@@ -1,5 +1,6 @@
 "The data layout: what is read, in which order, and one clear line for every fault."
-import json, re, shutil
+import io, json, os, random, re, shutil, signal, subprocess, sys, threading, time, tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 import imtm_lite.data as data
-from imtm_lite.data import Batch, DataError, Split, batches, caption_chunks, check, image_chunks, need, path_of, plan, scene_numbers, write_world
+from imtm_lite.data import SHAPES, Batch, DataError, Split, batches, caption_chunks, check, image_chunks, in_order, need, path_of, plan, scene_numbers, widen, world_bytes, write_world
 from imtm_lite.regions import Regions
 from imtm_lite.scenes import draw, make_scene
 from imtm_lite.text import Captions, Vocab
@@ -88,6 +89,18 @@ def test_padding_rows_and_other_types(root):
     np.save(root/'train_ims.npy', np.asfortranarray(x))
     r = Split(root, 'train').regions(slice(None))
     assert r.mask.sum(1).tolist() == [4, 2, 4, 4, 4, 4] and torch.allclose(r.features.double(), torch.from_numpy(x.astype('f8')))
+
+
+@pytest.mark.parametrize('kind', ['<f2', '<f4', '<f8', '>f2', '>f4'])
+def test_features_are_what_is_stored(root, kind):
+    x = np.random.default_rng(0).normal(size=(N, R, 20_000)).astype(kind)              # a row of more numbers than one piece
+    x[0, 1:], x[1, 2], x[2, 0], x[3, 1] = 0, [1, -1] * 10_000, -0., 6e4                 # padding; a sum of 0; padding; a sum that no float16 holds
+    if kind == '<f4': x[4, 1] = 3e38                                                   # nor any float32
+    np.save(root/'train_ims.npy', x)
+    (root/'dev_ims.npy').unlink()
+    r = Split(root, 'train').regions([4, 0, 1, 3, 2, 5])
+    assert np.array_equal(r.features.numpy(), x[[4, 0, 1, 3, 2, 5]].astype(np.float32))
+    assert r.mask.equal(torch.from_numpy((x[[4, 0, 1, 3, 2, 5]] != 0).any(2))) and r.mask.sum() == 6 * R - 4 and (r.features[2, 2].sum(), r.mask[2, 2]) == (0, True)
 
 
 @pytest.mark.parametrize('ids', ['repeated', 'fewer'])
@@ -206,6 +219,103 @@ def test_batches(root):
     assert [b.caption.tolist() for b in rest] == [b.caption.tolist() for b in seen[7:]]
     assert seen[0].to('cpu').captions.tokens.equal(seen[0].captions.tokens)
     assert s.encoded(vocab) is s.encoded(Vocab(vocab.words))                          # tokenized once
+
+
+def same(a: Batch, b: Batch):
+    for x, y in ((a.image, b.image), (a.caption_image, b.caption_image), (a.caption, b.caption)): assert x.equal(y)
+    for x, y in ((a.regions, b.regions), (a.captions, b.captions)):
+        assert [n for n, _ in x.items()] == [n for n, _ in y.items()] and all(t.equal(u) for (_, t), (_, u) in zip(x.items(), y.items()))
+
+
+def readers(): return [t for t in threading.enumerate() if t.name.startswith('batches')]
+
+
+@pytest.mark.parametrize('workers', [1, 2, 5])
+def test_workers_change_nothing(root, workers, monkeypatch):
+    s = Split(root, 'train')
+    vocab, read = Vocab.build(s.captions, 1), Split.regions
+    monkeypatch.setattr(Split, 'regions', lambda self, rows: (time.sleep(random.random() / 200), read(self, rows))[1])   # some take longer
+    for start in (0, 7):
+        want, got = (list(batches(s, vocab, size=4, seed=0, epoch=2, start=start, workers=w)) for w in (0, workers))
+        assert len(got) == len(want) == 10 - start
+        for a, b in zip(got, want): same(a, b)
+    assert not readers()
+
+
+def test_workers_read_a_bounded_number_ahead(root, monkeypatch):
+    s, count, read = Split(root, 'train'), [], Split.regions
+    monkeypatch.setattr(Split, 'regions', lambda self, rows: (count.append(1), read(self, rows))[1])
+    running = batches(s, Vocab.build(s.captions, 1), size=2, seed=0, epoch=0, workers=2)
+    for k in range(1, 4):
+        next(running)
+        end = time.time() + 5
+        while len(count) < k + 4 and time.time() < end: time.sleep(.001)
+        time.sleep(.05)
+        assert len(count) == k + 4                                                   # those used, and two a worker
+    assert readers()
+    running.close()
+    assert not readers()
+
+
+@pytest.mark.parametrize('way', ['break', 'exception', 'end'])
+def test_no_thread_stays_behind(root, way):
+    s = Split(root, 'train')
+    vocab = Vocab.build(s.captions, 1)
+    try:
+        for b in batches(s, vocab, size=2, seed=0, epoch=0, workers=3):
+            assert readers()
+            if way == 'break': break
+            if way == 'exception': raise KeyboardInterrupt
+    except KeyboardInterrupt: pass
+    assert not readers()
+
+
+@pytest.mark.parametrize('workers', [0, 1, 3])
+def test_a_fault_in_a_worker_is_told(root, workers):
+    seen, s = [], Split(root, 'train')
+    row = s.caption_image[plan(s, size=2, seed=1, epoch=0)[2][0]]                     # six images, so not in the first two batches
+    save('features', put((row, 1, 2), np.nan))(root)
+    s = Split(root, 'train')
+    with pytest.raises(DataError) as e:
+        for b in batches(s, Vocab.build(s.captions, 1), size=2, seed=1, epoch=0, workers=workers): seen.append(b)
+    one_line(e.value, rf'train_ims.npy: row {row} \(image train{row}\): region 1, dimension 2 is nan')
+    assert len(seen) == 2                                                            # the sound batches before it came first
+    del e
+    assert not readers()
+
+
+def test_settings_of_batches_that_cannot_be(root):
+    s = Split(root, 'train')
+    with pytest.raises(ValueError, match='workers=-1'): next(batches(s, Vocab.build(s.captions), size=4, seed=0, epoch=0, workers=-1))
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match='pin=True is for copying to a GPU'): next(batches(s, Vocab.build(s.captions), size=4, seed=0, epoch=0, pin=True))
+
+
+def test_every_tensor_of_a_batch_is_pinned(root, monkeypatch):
+    s = Split(root, 'train')
+    b = next(batches(s, Vocab.build(s.captions, 1), size=4, seed=0, epoch=0))
+    if torch.cuda.is_available():
+        pinned, moved = next(batches(s, Vocab.build(s.captions, 1), size=4, seed=0, epoch=0, pin=True, workers=1)), b.to('cuda', non_blocking=True).to('cpu')
+        for _, t in (*pinned.regions.items(), *pinned.captions.items(), ('', pinned.caption)): assert t.is_pinned()
+        same(pinned, b); same(moved, b)
+    else:
+        count = []
+        monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda t: (count.append(t.shape), t.clone())[1])
+        same(b.pinned(), b)
+        assert len(count) == len(b.regions.items()) + len(b.captions.items()) + 3
+
+
+def test_results_come_in_the_order_of_the_jobs():
+    def f(n):
+        time.sleep(random.random() / 100)
+        if n == 13: raise KeyError(n)
+        return n
+    assert list(in_order(f, range(12))) == list(in_order(f, iter(range(12)), ThreadPoolExecutor(4), 3)) == list(range(12))
+    assert list(in_order(f, [], ThreadPoolExecutor(4), 3)) == []
+    seen = []
+    with pytest.raises(KeyError):
+        for n in in_order(f, range(30), ThreadPoolExecutor(4), 6): seen.append(n)
+    assert seen == list(range(13))
 
 
 @pytest.mark.parametrize('size', [1, 4, 100])
@@ -461,6 +571,105 @@ def test_world_is_whole_or_not_there(world, tmp_path, monkeypatch):
     monkeypatch.setattr(data, 'draw', fail)
     with pytest.raises(OSError): write_world(tmp_path/'new', train=4, dev=1, test=1, seed=0, progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('fault', [KeyboardInterrupt, OSError])
+def test_a_world_interrupted_while_writing_is_gone(tmp_path, monkeypatch, fault):
+    add, count = data.SplitWriter.add, []
+    def stops(self, *a):
+        count.append(add(self, *a))
+        if len(count) == 3:
+            assert any(p.stat().st_size for p in tmp_path.rglob('train_ims.npy'))
+            raise fault
+    monkeypatch.setattr(data.SplitWriter, 'add', stops); monkeypatch.setattr(data, 'TOGETHER', 2)
+    with pytest.raises(fault): write_world(tmp_path/'new', train=10, dev=1, test=1, seed=0, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('kill', [signal.SIGINT, signal.SIGKILL])
+def test_processes_end_with_the_run(tmp_path, kill):
+    "Ctrl-C, which all processes of a terminal get, leaves nothing; after a kill nothing looks like a data set, and no process stays."
+    command = "from imtm_lite.data import SHAPES, write_world; write_world('new', seed=0, workers=1, progress=False, **SHAPES['f30k'])"
+    run = subprocess.Popen([sys.executable, '-c', command], cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True)
+    def wait(done):
+        end = time.time() + 90
+        while not done() and time.time() < end: time.sleep(.05)
+        return done()
+    def gone():
+        try: os.killpg(run.pid, 0)
+        except ProcessLookupError: return True
+    assert wait(lambda: any(p.stat().st_size for p in tmp_path.rglob('train_ims.npy')))
+    os.killpg(run.pid, kill) if kill == signal.SIGINT else os.kill(run.pid, kill)
+    assert run.wait(90) != 0 and wait(gone)
+    assert [p.name for p in tmp_path.iterdir()] == ([] if kill == signal.SIGINT else [f'new.{run.pid}.partial'])
+
+
+def test_workers_write_the_same_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, 'TOGETHER', 3)
+    a, b = (write_world(tmp_path/str(w), train=8, dev=2, test=1, seed=1, regions=5, width=256, workers=w, progress=False) for w in (0, 2))
+    assert files(a) == files(b) and len(files(a)) > 11
+
+
+def test_the_detector_has_one_thread(tmp_path, monkeypatch):
+    detector, seen = data.load_detector(), []
+    spy = SimpleNamespace(regions=lambda *a: (seen.append(torch.get_num_threads()), detector.regions(*a))[1])
+    monkeypatch.setattr(data, 'the_detector', lambda: spy)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        write_world(tmp_path/'a', train=2, dev=1, test=0, seed=1, progress=False)
+        assert seen == [1, 1] and torch.get_num_threads() == 2
+    finally: torch.set_num_threads(before)
+
+
+def test_a_wide_world_is_the_narrow_one(tmp_path):
+    a, b = (write_world(tmp_path/str(w), train=4, dev=0, test=0, seed=1, regions=7, width=w, pictures=False, progress=False) for w in (128, 2048))
+    narrow, wide = files(a), files(b)
+    assert [k for k in narrow if narrow[k] != wide[k]] == ['meta.json', 'train_ims.npy'] and json.loads(wide['meta.json'])['width'] == 2048
+    x, y = (np.load(root/'train_ims.npy').astype(np.float64) for root in (a, b))
+    W = widen(np.eye(128), 2048)
+    assert y.shape == (4, 7, 2048) and np.allclose(W @ W.T, np.eye(128), atol=1e-12) and np.abs(y @ W.T - x).max() < 1e-5 and x.max() > 1
+    assert np.linalg.matrix_rank(y.reshape(-1, 2048)) == np.linalg.matrix_rank(x.reshape(-1, 128))
+    with pytest.raises(ValueError, match='128 wide, and 200 is not a multiple'): write_world(tmp_path/'c', train=4, dev=0, test=0, seed=1, width=200)
+    with pytest.raises(ValueError, match='regions 0'): write_world(tmp_path/'c', train=4, dev=0, test=0, seed=1, regions=0)
+    assert not (tmp_path/'c').exists()
+
+
+def test_arrays_are_as_numpy_saves_them(world):
+    for p in world.glob('*.npy'):
+        np.save(f := io.BytesIO(), np.load(p))
+        assert f.getvalue() == p.read_bytes(), p.name
+
+
+def test_memory_holds_a_chunk_and_not_the_world(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, 'TOGETHER', 2)
+    def peak(n):
+        tracemalloc.start()
+        write_world(tmp_path/str(n), train=n, dev=0, test=0, seed=0, regions=36, width=2048, pictures=False, progress=False)
+        try: return tracemalloc.get_traced_memory()[1]
+        finally: tracemalloc.stop()
+    peak(1)                                                                          # what is loaded once
+    row, small, large = 36 * 2048 * 2, peak(4), peak(20)
+    assert 2 * row < small and large < small + 4 * row                               # 16 rows more in the file, not in memory
+
+
+def test_room_on_the_disk_is_asked_for(tmp_path, monkeypatch):
+    for pictures in (False, True):
+        sizes = dict(regions=36, width=256, pictures=pictures)
+        root = write_world(tmp_path/str(pictures), train=20, dev=0, test=0, seed=0, **sizes, progress=False)
+        assert 1 < world_bytes(20, **sizes) / sum(map(len, files(root).values())) < 1.4
+    for free, fine in ((world_bytes(20, **sizes) - 1, False), (world_bytes(20, **sizes), True)):
+        monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=free))
+        new = lambda: write_world(tmp_path/'not'/'yet'/'there', train=12, dev=7, test=1, seed=0, **sizes, progress=False)
+        if fine: new(); continue
+        with pytest.raises(DataError) as e: new()
+        one_line(e.value, r'there: needs 0.00 GB, and the disk has 0.00 GB free; make room')
+        assert not (tmp_path/'not').exists()
+
+
+def test_shapes():
+    assert [SHAPES['f30k'][k] for k in ('train', 'dev', 'test', 'regions', 'width')] == [29_000, 1_014, 1_000, 36, 2048]   # Karpathy's split, bottom-up features
+    assert [SHAPES['coco'][k] for k in ('train', 'dev', 'test', 'regions', 'width')] == [113_287, 5_000, 5_000, 36, 2048]
 
 
 def test_sample_is_what_its_command_makes(tmp_path):
