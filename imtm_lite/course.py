@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STUB', 'START', 'ROOT', 'GUARD', 'CARRIED', 'course_app', 'say', 'Lessons', 'Points', 'read_notebook', 'plain_cell',
-           'directives', 'bare', 'replace_regions', 'solves', 'without_answers', 'functions', 'mark_bodies',
+           'directives', 'bare', 'replace_regions', 'solves', 'hides', 'without_answers', 'functions', 'mark_bodies',
            'mark_body', 'Cell', 'Assignment', 'make_cell', 'read_lesson', 'check_names', 'with_instructions', 'graded',
            'grade_ids', 'notebook', 'module_numbers', 'numbered', 'write_library', 'imported', 'requirements',
            'furnish', 'choose', 'read_lessons', 'read_points', 'course', 'build', 'Step', 'plan', 'run_cell',
@@ -69,7 +69,8 @@ def replace_regions(text: str, what: str, by: tuple[str, ...] = ()) -> str: # wh
     if inside: raise ValueError(f'no END {what}')
     return '\n'.join(out)
 
-def solves(text: str) -> bool: return replace_regions(text, 'SOLUTION') != text # there are markers
+def solves(text: str) -> bool: return replace_regions(text, 'SOLUTION') != text      # has markers of a solution
+def hides(text: str) -> bool: return replace_regions(text, 'HIDDEN TESTS') != text   # of hidden tests
 
 def without_answers(text: str) -> str: return replace_regions(replace_regions(text, 'SOLUTION', STUB), 'HIDDEN TESTS')
 
@@ -131,11 +132,13 @@ def make_cell(c: dict) -> Cell | None: # None: left out
     d, text = directives(c['source']), bare(c['source'])
     if not text.strip() or 'nbdev_export()' in text or d.keys() & {'lesson-only', 'slow', 'cuda'}: return None
     text = re.sub(r'''(['"])\.\./(data|tests)/''', r'\1\2/', text)    # an assignment has its data in its own folder
+    without_answers(text)                                               # markers in pairs, or a fault
+    if hides(text) and 'question' not in d: raise ValueError('hidden tests outside a question')
     if 'question' in d:
+        if solves(text): raise ValueError('a solution in a question')
         name, points, about = (*d['question'], *('', 1, '')[len(d['question']):])
         return Cell('question', text, c['id'], name, float(points), about or name)
     if 'answer' in d and not solves(text): text = mark_bodies(text, d['answer'][1:])
-    without_answers(text)                                               # markers in pairs, or a fault
     return Cell('answer' if solves(text) else 'given', text, c['id'], *d.get('answer', [])[:1])
 
 # %% ../nbs/22_course.ipynb #course-23
@@ -153,15 +156,17 @@ def read_lesson(path: Path, points: dict[str, float] = {}) -> Assignment: # poin
 
 def check_names(a: Assignment, path: Path):
     "Every question comes after its answer, every answer has a question, and names are names."
-    answered, asked = set(), {q.about for q in a.questions}
+    answered, before, asked = set(), set(), {q.about for q in a.questions}
     for c in a.cells:
+        question, answer = c.kind == 'question', c.kind == 'answer'
         wrong = ('is no name: small letters, digits and -' if c.name and not re.fullmatch('[a-z0-9-]+', c.name) else
-                 'has no answer above it' if c.kind == 'question' and c.about not in answered else
-                 'is there twice' if c.kind == 'question' and [q.name for q in a.questions].count(c.name) > 1 else
-                 'needs a number of points above 0' if c.kind == 'question' and not 0 < c.points < 1e6 else
-                 'is an answer that no question tests' if c.kind == 'answer' and c.name and c.name not in asked else '')
+                 'has no answer above it' if question and c.about not in answered else
+                 'is there twice' if question and c.name in before else
+                 'needs a number of points above 0' if question and not 0 < c.points < 1e6 else
+                 'is an answer that no question tests' if answer and c.name and c.name not in asked else '')
         if wrong: raise SettingError(f'{path}, cell {c.id}: {c.name or "the question"} {wrong}')
-        if c.kind == 'answer': answered.add(c.name)
+        if answer: answered.add(c.name)
+        if question: before.add(c.name)
 
 # %% ../nbs/22_course.ipynb #course-25
 START = '''**Assignment {lesson}**, {total:g} points. Install what it needs, once, in this folder:
