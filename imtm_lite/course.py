@@ -430,8 +430,9 @@ class Process:
 
     def __enter__(self): return self
     def __exit__(self, *_):
-        if os.name == 'posix': os.killpg(self.process.pid, signal.SIGKILL)
-        else: self.process.kill()
+        with contextlib.suppress(OSError):                              # it may be gone already
+            if os.name == 'posix': os.killpg(self.process.pid, signal.SIGKILL)
+            else: self.process.kill()
         self.process.wait()
         with contextlib.suppress(OSError): self.process.stdin.close()
 
@@ -467,7 +468,7 @@ def walk(steps: list[Step], about: dict[str, str], go, faults: dict[str, str]):
                 if t.kind in ('given', 'answer'): go(j, t.lesson if t.name in failed and t.kind == 'answer' else t.code, True)
 
 # %% ../nbs/22_course.ipynb #course-51
-def score(a: Assignment, cells: list[dict], nbs: Path, *, limit: float = 60, total: float = 600, memory: int = 6 * 2**30,
+def score(a: Assignment, cells: list[dict], nbs: Path, *, limit: float = 120, total: float = 900, memory: int = 6 * 2**30,
           figures: Path | None = None) -> dict[str, str]: # question -> the fault, '' where all is right
     "Run a submission and test it; `limit` seconds a cell, `total` for everything."
     steps, end, dead, faults = plan(a, cells), time.monotonic() + total, {}, {q.name: 'no time was left' for q in a.questions}
@@ -515,7 +516,7 @@ def show_score(a: Assignment, faults: dict[str, str], title: str) -> dict:
 # %% ../nbs/22_course.ipynb #course-56
 @course_app.command()
 def check(submissions: list[Path] = typer.Argument(help='notebooks that came back'), lesson: str = typer.Option('', help='e.g. 12', show_default='what the notebook says'),
-          points: Path = Points, limit: float = typer.Option(60, help='seconds a cell may take'), total: float = typer.Option(600, help='seconds for a submission'),
+          points: Path = Points, limit: float = typer.Option(120, help='seconds a cell may take, by the clock: more on a busy machine'), total: float = typer.Option(900, help='seconds for a submission'),
           memory: float = typer.Option(6, help='GiB (on Linux)'), figures: Path = typer.Option(None, help='folder in which to keep the figures of answers'),
           json_: Path = typer.Option(None, '--json', help='write the scores here too'), nbs: Path = Lessons):
     """Score submissions, each in a clean process: the points of every question, and why they were lost.

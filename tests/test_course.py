@@ -114,7 +114,7 @@ def test_nothing_secret_is_handed_out(a, tmp_path):
 @pytest.mark.parametrize('a', ASSIGNMENTS, ids=lambda a: a.lesson)
 def test_the_blank_notebook_scores_nothing_and_the_lesson_everything(a):
     for blank in (True, False):
-        faults = score(a, [plain_cell(c) for c in notebook(a, blank=blank)['cells']], LESSONS)
+        faults = score(a, [plain_cell(c) for c in notebook(a, blank=blank)['cells']], LESSONS, limit=300, total=1800)   # cores may be busy
         assert faults.keys() == {q.name for q in a.questions}
         assert all(map(bool, faults.values())) if blank else not any(faults.values()), faults
 
