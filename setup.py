@@ -16,6 +16,7 @@ setup(
     long_description_content_type='text/markdown',
     packages=find_packages(include=['imtm_lite', 'imtm_lite.*']),
     python_requires=f">={s['min_python']}", install_requires=s['requirements'].split(),
-    extras_require={'dev': s['dev_requirements'].split(), 'transformers': s['transformers_requirements'].split(), 'spacy': s['spacy_requirements'].split()},
+    extras_require={'dev': s['dev_requirements'].split(), 'transformers': s['transformers_requirements'].split(), 'spacy': s['spacy_requirements'].split(),
+                    'grading': s['grading_requirements'].split()},
     entry_points={'console_scripts': [s['console_scripts']]}, zip_safe=False,
 )
