@@ -133,6 +133,12 @@ def test_streamed_json_is_json(tmp_path_factory, members, images, chunk, indent,
     assert dict(c.stream_json(path, chunk=chunk)) == members | dict(images=images)
 
 
+@pytest.mark.parametrize('chunk', range(1, 9))
+def test_numbers_are_not_cut(tmp_path, chunk):
+    (tmp_path / 'x.json').write_text('{"images": [-1.5e+16, 12, 3E-2, 0.5, -7], "a": 1.25}')
+    assert [v for _, v in c.stream_json(tmp_path / 'x.json', 'images', chunk=chunk)] == [-1.5e16, 12, .03, .5, -7, 1.25]
+
+
 @pytest.mark.parametrize('text', ['', '[1]', '{"a": 1', '{"a" 1}', '{"images": [1, 2', '{"a": 1,}', '{"images": 3}'])
 def test_broken_json_is_one_line(tmp_path, text):
     (tmp_path / 'x.json').write_text(text)
@@ -149,7 +155,7 @@ def test_streaming_holds_one_element(tmp_path):
 
 def test_names_of_one_picture():
     assert {c.image_key(x) for x in ('COCO_val2014_000000000042.jpg', 42, ' 42\n', '/a/b/0042.JPEG', 'C:\\x\\42.png')} == {'42'}
-    assert c.image_key('1000268201_693b08cb0e.jpg') == '1000268201_693b08cb0e' and c.image_key('0') == '0'
+    assert c.image_key('1000268201_693b08cb0e.jpg') == '1000268201' and c.image_key('0') == '0' and c.image_key('my_photo_01.png') == 'my_photo_01'
 
 
 # --- Karpathy
@@ -189,6 +195,12 @@ def test_karpathy_faults_leave_nothing_behind(tmp_path, images, said):
     (tmp_path / 'x.json').write_text(json.dumps(dict(images=images)))
     assert said in refused(c.convert_karpathy, tmp_path / 'x.json', tmp_path / 'out')
     assert list((tmp_path / 'out').iterdir()) == []
+
+
+def test_flickr8k_keeps_its_file_names_as_ids(tmp_path):
+    (tmp_path / 'f8k.json').write_text(json.dumps(dict(images=[dict(split='train', filename='2513260012_03d33305cf.jpg', sentences=[dict(raw='A dog .')])])))
+    c.convert_karpathy(tmp_path / 'f8k.json', tmp_path / 'out')
+    assert (tmp_path / 'out/train_ids.txt').read_text() == '2513260012_03d33305cf\n'
 
 
 # --- bottom-up
@@ -231,6 +243,46 @@ def test_lxmert_tables_bring_labels_and_confidences(data, tmp_path):
     assert tuple(split.sizes[0]) == picture('1001', 3)[0]                         # width first, although the file has the height first
 
 
+def npz(folder, names, n=3, info=True):
+    folder.mkdir()
+    for name in names:
+        (w, h), boxes, features = picture(name, n)
+        more = dict(info=dict(image_id=name, image_h=h, num_boxes=n, objects_id=np.arange(n), objects_conf=np.linspace(.9, .1, n).astype('f4'))) if info else {}
+        np.savez_compressed(folder / f'{name}.npz', x=features, bbox=boxes, num_bbox=n, image_h=h, image_w=w, **more)
+    return folder
+
+
+@pytest.mark.parametrize('info', [True, False])
+def test_a_folder_of_npz_files_is_as_good_as_a_table(data, tmp_path, info):
+    shutil.copytree(data, tmp_path / 'table')
+    c.convert_bottom_up(table(tmp_path / 'x.tsv', NAMES), out=tmp_path / 'table')
+    c.convert_bottom_up(npz(tmp_path / 'npz', NAMES, info=info), out=data)
+    ours = tree(data)
+    assert {k: v for k, v in ours.items() if 'labels' not in k and 'scores' not in k} == tree(tmp_path / 'table') and ('train_labels.npy' in ours) == info
+    if info: assert Split(data, 'train').labels.tolist() == [[-1, 0, 1]] * 3          # 0 is the background there
+    assert check(data).ok
+
+
+def test_npz_files_that_are_broken_or_want_to_run_something(data, tmp_path):
+    folder, mark = npz(tmp_path / 'npz', NAMES), tmp_path / 'it-ran'
+    good = (folder / '1000.npz').read_bytes()
+    for broken in (b'', b'no', good[:200], good[:-80]):
+        (folder / '1000.npz').write_bytes(broken)
+        assert '1000.npz: ' in refused(c.convert_bottom_up, folder, out=data)
+    np.savez(folder / '1000.npz', x=np.zeros((3, 8)), bbox=np.zeros((2, 4)), image_h=1, image_w=1)
+    assert 'features (3, 8) and boxes (2, 4)' in refused(c.convert_bottom_up, folder, out=data)
+    np.savez(folder / '1000.npz', x=np.ones((3, 8)), bbox=np.zeros((3, 4)), image_h=1, image_w=1, info=np.array(Runs((os.system, (f'touch {mark}',))), dtype=object))
+    assert 'is not looked up' in refused(c.convert_bottom_up, folder, out=data) and not mark.exists()
+    (folder / '1000.npz').write_bytes(good)
+    c.convert_bottom_up(folder, out=data)                                             # goes on
+    assert 'holds no .npz' in refused(c.convert_bottom_up, tmp_path / 'data' / '..' / 'x', out=npz_less(tmp_path))
+
+
+def npz_less(tmp_path):
+    (tmp_path / 'x').mkdir(); (tmp_path / 'bare').mkdir(); (tmp_path / 'bare/test_ids.txt').write_text('1\n')
+    return tmp_path / 'bare'
+
+
 def test_two_tables_one_after_the_other_or_at_once(data, tmp_path):
     first, second = table(tmp_path / 'a.tsv', NAMES[:4]), table(tmp_path / 'b.tsv', NAMES[3:])
     shutil.copytree(data, tmp_path / 'once')
@@ -271,7 +323,7 @@ def test_killed_in_the_middle_it_goes_on(data, tmp_path, monkeypatch):
 def test_a_broken_line_is_left_out_and_its_picture_may_come_again(data, tmp_path, broken, said):
     (tmp_path / 'x.tsv').write_text(broken(line('1000', 3)) + '\n' + ''.join(line(n, 3) + '\n' for n in NAMES))
     out = c.convert_bottom_up(tmp_path / 'x.tsv', out=data)
-    assert out[0].startswith('1 lines could not be read, the first: x.tsv line 1') and said in out[0]
+    assert out[0].startswith('1 pictures could not be read, the first: x.tsv line 1') and said in out[0]
     np.testing.assert_array_equal(Split(data, 'train').features[0], picture('1000', 3)[2])
     shutil.rmtree(data); c.convert_karpathy(tmp_path / 'dataset.json', data)
     (tmp_path / 'y.tsv').write_text(broken(line('1000', 3)) + '\n' + ''.join(line(n, 3) + '\n' for n in NAMES[1:]))
