@@ -103,7 +103,7 @@ def convert(kind: str = typer.Argument(help=', '.join(CONVERTERS)), sources: lis
             top: int = typer.Option(None, help='sgb, lgsgm: relations of a picture, best first', show_default='25'),
             min_iou: float = typer.Option(None, help='sgb, lgsgm: overlap of a detection and a region', show_default='0.5'),
             names: Path = typer.Option(None, help="what pictures are called whose ids are numbers: id_mapping.json or Karpathy's file")):
-    """Convert the field's files: captions of Karpathy's JSON, bottom-up tables, GSMN's boxes, SCAN's folder, scene graphs, Flickr30K Entities.
+    """Convert the field's files: captions of Karpathy's JSON, bottom-up tables or .npz files, GSMN's boxes, SCAN's folder, scene graphs, Flickr30K Entities.
 
     Examples: imtm convert karpathy dataset_flickr30k.json --out data/f30k
 

@@ -676,6 +676,12 @@ def imtm(monkeypatch, capsys):
     return run
 
 
+def test_help_has_examples(imtm):
+    for command in ('convert', 'regions'):
+        code, out, _ = imtm(command, '--help')
+        assert code == 0 and f'imtm {command} ' in ' '.join(out.split())
+
+
 def test_the_whole_way_by_command(imtm, tmp_path, entities):
     karpathy(tmp_path / 'dataset.json'); table(tmp_path / 'a.tsv', NAMES[:3]); table(tmp_path / 'b.tsv', NAMES[3:])
     data = tmp_path / 'data'
