@@ -262,6 +262,7 @@ def convert_karpathy(source: Path, # dataset_flickr8k.json, dataset_flickr30k.js
         for split, pair in files.items():
             for f, key in zip(pair, ('captions', 'ids')): f.close(); _partial(out, split, key).unlink(missing_ok=True)
 
+# %% ../nbs/21_convert.ipynb #convert-31
 def _partial(out: Path, split: str, key: str) -> Path: return (p := path_of(out, split, key)).with_name(f'{p.name}.partial')
 
 def _keep_karpathy(out: Path, counts: dict, empty: Counter) -> list[str]:
@@ -276,7 +277,7 @@ def _keep_karpathy(out: Path, counts: dict, empty: Counter) -> list[str]:
         for key in ('captions', 'ids'): _partial(out, s, key).replace(path_of(out, s, key))
     return [f'{s}: {len(n)} images, {sum(n)} captions' + f', {empty[s]} empty ones left out' * bool(empty[s]) + ', there already' * there[s] for s, n in counts.items()]
 
-# %% ../nbs/21_convert.ipynb #convert-34
+# %% ../nbs/21_convert.ipynb #convert-36
 class _Held:
     "Stands in for a NumPy object of a pickle: remembers, does nothing."
     def __init__(self, *given): self.given, self.state = given, None
@@ -298,7 +299,7 @@ def _encoded(text, coding): # bytes, as Python 3 writes them for Python 2
 STANDINS = {'numpy.core.multiarray._reconstruct': _Held, 'numpy._core.multiarray._reconstruct': _Held, 'numpy.dtype': _Held,
             'numpy.core.multiarray.scalar': _number, 'numpy._core.multiarray.scalar': _number, '_codecs.encode': _encoded}
 
-# %% ../nbs/21_convert.ipynb #convert-35
+# %% ../nbs/21_convert.ipynb #convert-37
 class PlainUnpickler(pickle.Unpickler):
     "Reads pickles of lists, dicts, numbers, text and NumPy arrays; looks up nothing that the file names."
     def find_class(self, module: str, name: str):
@@ -307,6 +308,7 @@ class PlainUnpickler(pickle.Unpickler):
         return lambda *given: STANDINS[full](*given)                           # a new one each time: what a file does to it ends with it
     def persistent_load(self, pid): raise ValueError('it points outside the file')
 
+# %% ../nbs/21_convert.ipynb #convert-39
 def _unheld(x, seen: dict): # seen: id -> what became of it, so that nothing is copied twice
     "Arrays in place of what stood for them; lists for arrays of objects."
     if isinstance(x, (dict, list, tuple)) and id(x) not in seen:
@@ -328,14 +330,14 @@ def read_pickle(path: str | Path, # of the file, for the fault
     except OSError as e: raise DataError(path, f'cannot be read ({e.strerror})', mend) from None
     except Exception as e: raise DataError(path, f'is a pickle that is not read: {" ".join(str(e).split())[:120] or type(e).__name__}', mend) from None # a broken pickle can raise anything
 
-# %% ../nbs/21_convert.ipynb #convert-37
+# %% ../nbs/21_convert.ipynb #convert-41
 def read_objects(path: str | Path, file) -> list: # file: open at its beginning
     "The objects of an .npy file of objects, read as `read_pickle` reads."
     version = np.lib.format.read_magic(file)
     (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
     return read_pickle(path, file)
 
-# %% ../nbs/21_convert.ipynb #convert-44
+# %% ../nbs/21_convert.ipynb #convert-48
 TSV = {6: 'image_id image_w image_h num_boxes boxes features'.split(), # Anderson et al.
        10: 'image_id image_h image_w labels scores attributes attribute_scores num_boxes boxes features'.split()} # LXMERT
 _ENCODED = dict(boxes='<f4', features='<f4', labels='<i8', scores='<f4')
@@ -360,7 +362,7 @@ def tsv_row(line: bytes) -> dict: # image_id, size (2,), boxes (n, 4), features 
         if key in row: row[key] = row[key][:, 0]
     return dict(image_id=raw['image_id'].decode(), size=(int(raw['image_w']), int(raw['image_h'])), **row)
 
-# %% ../nbs/21_convert.ipynb #convert-47
+# %% ../nbs/21_convert.ipynb #convert-51
 def npz_row(path: Path) -> dict: # as `tsv_row`
     "One picture of bottom-up-attention.pytorch; ValueError says what is wrong with the file."
     try:
@@ -376,7 +378,7 @@ def npz_row(path: Path) -> dict: # as `tsv_row`
     if not all(np.isfinite(a).all() for a in row.values()): raise ValueError('a number that is not finite')
     return dict(image_id=path.stem, size=size, **row)
 
-# %% ../nbs/21_convert.ipynb #convert-50
+# %% ../nbs/21_convert.ipynb #convert-54
 def image_ids(folder: Path, split: str) -> list[str]: # one per image
     "The ids of a split's images, each once, from its ids file."
     path = path_of(folder, split, 'ids')
@@ -398,7 +400,7 @@ def _splits(folder: Path, lacking: str | None = None) -> list[str]: # train, dev
     if not found: raise DataError(folder, 'holds no {s}_ids.txt', 'first write ids and captions, for example with: imtm convert karpathy')
     return [s for s in found if lacking is None or not path_of(folder, s, lacking).exists() or Journal.of(folder, s, lacking).exists()]
 
-# %% ../nbs/21_convert.ipynb #convert-52
+# %% ../nbs/21_convert.ipynb #convert-56
 def _padded(a: np.ndarray, rows: int, fill=0) -> np.ndarray:
     return np.concatenate([a, np.full((rows - len(a), *a.shape[1:]), fill, a.dtype)])
 
@@ -412,7 +414,7 @@ def _values(row: dict, regions: int, half: bool) -> dict:
     values = dict(features=_padded(row['features'], regions), boxes=_padded(row['boxes'], regions), sizes=np.array(row['size']))
     return values | (dict(labels=_padded(row['labels'], regions, -1), scores=_padded(row['scores'], regions)) if 'labels' in row else {})
 
-# %% ../nbs/21_convert.ipynb #convert-54
+# %% ../nbs/21_convert.ipynb #convert-58
 def convert_bottom_up(*sources: Path,  # .tsv files, or folders of .npz files
                       out: Path,       # folder with {s}_ids.txt
                       regions: int | None = None, # regions stored for each picture; None: all pictures have as many as the first one
@@ -444,6 +446,7 @@ def convert_bottom_up(*sources: Path,  # .tsv files, or folders of .npz files
     finally:
         for f in filled.values(): f.__exit__()
 
+# %% ../nbs/21_convert.ipynb #convert-60
 def _pictures(source: Path, progress: bool) -> Iterator[tuple]: # where, for faults; name of the picture; what decodes it
     if source.is_dir():
         files = sorted(source.glob('*.npz'))
@@ -456,6 +459,7 @@ def _pictures(source: Path, progress: bool) -> Iterator[tuple]: # where, for fau
                 yield f'{source.name} line {n}', line[:200].split(b'\t')[0].decode('utf-8', 'replace'), lambda: tsv_row(line)
                 bar.update(len(line))
 
+# %% ../nbs/21_convert.ipynb #convert-62
 def _go_on(out: Path, split: str, begun: dict, regions: int | None, half: bool) -> Filling:
     "The filling that an earlier call began."
     (R, _), kind = begun['columns']['features']
@@ -463,6 +467,7 @@ def _go_on(out: Path, split: str, begun: dict, regions: int | None, half: bool) 
         raise DataError(Journal.of(out, split, 'features'), 'was begun with other settings', f'give those again ({R} regions{", half precision" * (kind == "<f2")}), or remove it to begin anew')
     return Filling(out, split, 'features', rows=len(image_ids(out, split)), columns={k: (tuple(shape), t) for k, (shape, t) in begun['columns'].items()}, made=dict(padded=begun['padded']))
 
+# %% ../nbs/21_convert.ipynb #convert-64
 def _finish_all(out: Path, todo: list[str], filled: dict, what: str, bad: list[str], before=lambda split, filling: None) -> list[str]:
     "Finish what is whole; a split of which something is missing is a fault, after the others are finished."
     said, lacking = [f'{len(bad)} pictures could not be read, the first: {bad[0]}'] if bad else [], []
@@ -480,7 +485,7 @@ def _finish_all(out: Path, todo: list[str], filled: dict, what: str, bad: list[s
                         'convert the other file too: what is there is kept. If ids are mere numbers, --names translates them')
     return said or ['all is there already']
 
-# %% ../nbs/21_convert.ipynb #convert-62
+# %% ../nbs/21_convert.ipynb #convert-72
 def read_sizes(path: Path) -> np.ndarray: # (N, 2) width, height
     "Picture sizes: numbers (N, 2), or records with image_w and image_h, be they pickled."
     with_names = lambda rows: np.array([[r['image_w'], r['image_h']] for r in rows])
@@ -499,7 +504,7 @@ def misfits(boxes: np.ndarray, # (N, R, 4)
     wrong = ((boxes < -TOLERANCE) | (boxes > edge + TOLERANCE)).any(-1) | (boxes[..., :2] > boxes[..., 2:]).any(-1)
     return int(wrong.any(1).sum())
 
-# %% ../nbs/21_convert.ipynb #convert-63
+# %% ../nbs/21_convert.ipynb #convert-73
 def convert_boxes(source: Path,  # folder with {s}_ims_bbx.npy and {s}_ims_size.npy
                   out: Path,     # folder of the layout
                   *, order: str = 'xy',             # xy: x0 y0 x1 y1; yx: y0 x0 y1 x1
@@ -528,6 +533,7 @@ def convert_boxes(source: Path,  # folder with {s}_ims_bbx.npy and {s}_ims_size.
         said.append(f'{split}: {len(boxes)} images')
     return said
 
+# %% ../nbs/21_convert.ipynb #convert-75
 def _compare_sizes(path: Path, ids: list[str], sizes: np.ndarray, pictures: Path, names: dict):
     from PIL import Image
     there, differ = {image_key(p.name): p for p in pictures.iterdir()}, []
@@ -537,7 +543,7 @@ def _compare_sizes(path: Path, ids: list[str], sizes: np.ndarray, pictures: Path
                 if image.size != tuple(size): differ.append(f'{picture.name} is {image.size[0]} x {image.size[1]}, here {size[0]} x {size[1]}')
     if differ: raise DataError(path, f'sizes of {len(differ)} of {len(ids)} pictures are not those of the pictures, the first: {differ[0]}', 'such boxes cannot be trusted; without --pictures they are converted as they are')
 
-# %% ../nbs/21_convert.ipynb #convert-66
+# %% ../nbs/21_convert.ipynb #convert-78
 def _text_of(line: str) -> str:
     "A caption; a printed bytes object becomes the text it shows."
     if re.fullmatch(r"""b(['"]).*\1""", line := line.strip()):
@@ -552,6 +558,7 @@ def _link(source: Path, target: Path):
     except OSError: shutil.copyfile(source, part)                             # another disk
     part.replace(target)
 
+# %% ../nbs/21_convert.ipynb #convert-80
 def convert_precomp(source: Path, # a folder with {s}_ims.npy, or one with precomp/ and id_mapping.json
                     out: Path,
                     *, names: Path | None = None, # see `read_names`; None: id_mapping.json, if it is there
@@ -574,7 +581,7 @@ def convert_precomp(source: Path, # a folder with {s}_ims.npy, or one with preco
         said.append(f'{s}: {len(set(ids))} images, {n} captions, {sum(k is not None for k in known)} of {len(ids)} ids translated')
     return said
 
-# %% ../nbs/21_convert.ipynb #convert-73
+# %% ../nbs/21_convert.ipynb #convert-87
 def sgb_graphs(source: Path): # folder with custom_prediction.json and custom_data_info.json; returns classes, predicates, [(file, found), ...] as it is read
     "The pictures of Scene-Graph-Benchmark's output on one's own images."
     info = dict(stream_json(source/'custom_data_info.json'))
@@ -587,6 +594,7 @@ def sgb_graphs(source: Path): # folder with custom_prediction.json and custom_da
             yield files[int(k)], found
     return info['ind_to_classes'][1:], info['ind_to_predicates'][1:], graphs()
 
+# %% ../nbs/21_convert.ipynb #convert-89
 def lgsgm_graphs(source: Path, classes: list[str] | None = None, predicates: list[str] | None = None): # the lists to use, if there are any
     "The pictures of SGM's and LGSGM's `*_images_data.joblib`, as if Scene-Graph-Benchmark had found them."
     pictures = read_pickle(source)
@@ -603,7 +611,7 @@ def lgsgm_graphs(source: Path, classes: list[str] | None = None, predicates: lis
             yield file, dict(bbox=p['bbox'], bbox_labels=labels, rel_pairs=[[s, o] for s, _, o, _ in triples], rel_labels=[k + 1 for _, k, _, _ in triples], rel_scores=[1.] * len(triples))
     return classes, predicates, graphs()
 
-# %% ../nbs/21_convert.ipynb #convert-75
+# %% ../nbs/21_convert.ipynb #convert-91
 def region_labels(boxes: np.ndarray, # (R, 4) our regions
                   found: dict,       # one picture's detections, with bbox and bbox_labels (1 is class 0)
                   min_iou: float,
@@ -618,6 +626,7 @@ def _vocabulary(path: Path, names: list[str], what: str):
     if not path.exists(): write_text(path, names)
     elif read_lines(path) != names: raise DataError(path, f'has other {what} than the source', 'convert into a folder of its own, or remove the files that use it')
 
+# %% ../nbs/21_convert.ipynb #convert-93
 def write_graphs(out: Path, classes: list[str], predicates: list[str], graphs, *, scaled: bool, names: dict, top: int, min_iou: float) -> list[str]: # scaled: boxes are in pixels of the scaled picture
     "Triples and labels of every split of a folder with boxes."
     todo = _splits(out, lacking='triples')
@@ -646,7 +655,7 @@ def write_graphs(out: Path, classes: list[str], predicates: list[str], graphs, *
         for f in filled.values(): f.__exit__()
     return said + ([f'relations left out: {", ".join(f"{n} ({why})" for why, n in lost.items())}'] if lost else [])
 
-# %% ../nbs/21_convert.ipynb #convert-77
+# %% ../nbs/21_convert.ipynb #convert-95
 def convert_sgb(source: Path, out: Path, *, top: int = 25, min_iou: float = .5, names: Path | None = None) -> list[str]: # top: relations looked at, best first; min_iou: what a detection and a region must share
     "Triples, predicates and labels from Scene-Graph-Benchmark's custom_prediction.json, for a folder with boxes."
     return write_graphs(out, *sgb_graphs(source), scaled=True, names=read_names(names), top=top, min_iou=min_iou)
@@ -660,7 +669,7 @@ def convert_lgsgm(*sources: Path, out: Path, top: int = 25, min_iou: float = .5,
     graphs = (g for source in sources for g in lgsgm_graphs(source, *lists)[2])
     return write_graphs(out, *lists, graphs, scaled=False, names=read_names(names), top=top, min_iou=min_iou)
 
-# %% ../nbs/21_convert.ipynb #convert-82
+# %% ../nbs/21_convert.ipynb #convert-100
 def entity_sentence(line: str) -> tuple[list[str], list[tuple]]: # words; (first word, number of words, type, chain) of each phrase
     "A line of Sentences/*.txt."
     words, phrases = [], []
@@ -683,7 +692,7 @@ def entity_boxes(path: Path) -> dict[str, list]: # chain -> [[x0, y0, x1, y1], .
     except (ElementTree.ParseError, TypeError, ValueError) as e: raise DataError(path, f'is not a good annotation ({e})', 'copy it again') from None
     return boxes
 
-# %% ../nbs/21_convert.ipynb #convert-85
+# %% ../nbs/21_convert.ipynb #convert-103
 def letters(text: str) -> str:
     "The letters and digits of a text: what no tokenisation changes."
     return ''.join(c for c in text.lower() if c.isalnum())
@@ -697,13 +706,14 @@ def carry_spans(caption: str, words: list[str], phrases: list[tuple]) -> list[li
         if a < b: spans.append([int(np.searchsorted(ours, a, 'right')) - 1, int(np.searchsorted(ours, b, 'left')), kind, chain])
     return spans
 
-# %% ../nbs/21_convert.ipynb #convert-88
+# %% ../nbs/21_convert.ipynb #convert-106
 def entity_line(captions: list[str], sentences: list[tuple], boxes: dict) -> tuple[dict, int]: # a line of {s}_phrases.jsonl; captions without a sentence
     "What Flickr30K Entities says of one picture, for the captions that we have of it."
     known = {letters(' '.join(words)): (words, phrases) for words, phrases in sentences}
     spans = [carry_spans(c, *known[letters(c)]) if letters(c) in known else None for c in captions]
     return dict(phrases=[s or [] for s in spans], boxes={k: v for k, v in boxes.items() if k != '0'}), spans.count(None)
 
+# %% ../nbs/21_convert.ipynb #convert-108
 def convert_entities(source: Path, # folder with Sentences/ and Annotations/
                      out: Path,    # folder with captions and ids
                      *, names: Path | None = None, # see `read_names`
@@ -733,7 +743,7 @@ def convert_entities(source: Path, # folder with Sentences/ and Annotations/
         said.append(f'{s}: {len(ids)} images, {len(captions) - sum(lost)} of {len(captions)} captions have phrases')
     return said or ['all is there already']
 
-# %% ../nbs/21_convert.ipynb #convert-93
+# %% ../nbs/21_convert.ipynb #convert-113
 CONVERTERS = {'karpathy': convert_karpathy, 'bottom-up': convert_bottom_up, 'boxes': convert_boxes, 'precomp': convert_precomp,
               'sgb': convert_sgb, 'lgsgm': convert_lgsgm, 'entities': convert_entities}
 

@@ -27,6 +27,7 @@ def picture_files(folder: Path) -> list[str]: # paths inside the folder, in orde
     inside = [p.relative_to(folder) for p in folder.rglob('*') if p.suffix.lower() in PICTURES and p.is_file()]
     return sorted(p.as_posix() for p in inside if not any(part.startswith('.') for part in p.parts))
 
+# %% ../nbs/22_photos.ipynb #photos-09
 def upright(path: Path, side: int = 1333): # a PIL picture, RGB, at most `side` pixels long; ValueError where it is left out
     "A picture as a person would look at it."
     from PIL import Image, ImageOps
@@ -42,7 +43,7 @@ def upright(path: Path, side: int = 1333): # a PIL picture, RGB, at most `side` 
     picture.thumbnail((side, side))
     return picture
 
-# %% ../nbs/22_photos.ipynb #photos-11
+# %% ../nbs/22_photos.ipynb #photos-13
 def _from_folder(kind: str, name: str, **how):
     "A detector or its processor; what fails is one line."
     try:
@@ -52,7 +53,7 @@ def _from_folder(kind: str, name: str, **how):
         raise DataError(name, f'gives no detector ({" ".join(str(fault).split())[:200]})', 'expected a folder with config.json, model.safetensors and preprocessor_config.json, or a name on the hub '
                         'such as hustvl/yolos-tiny; detectors that need timm or torchvision are not for here (pip install imtm_lite[transformers] gives transformers)') from None
 
-# %% ../nbs/22_photos.ipynb #photos-13
+# %% ../nbs/22_photos.ipynb #photos-15
 class Detector:
     "A pretrained detector of the DETR family; gives states, boxes, classes and confidences of its best queries."
     def __init__(self, name: str | Path, # a folder, or a name on the Hugging Face hub
@@ -80,11 +81,12 @@ class Detector:
         states = out.last_hidden_state[0, -len(logits):].float()                              # (Q, D)
         return {k: v[best].cpu().numpy() for k, v in dict(features=states, boxes=edges, labels=label, scores=score).items()}
 
-# %% ../nbs/22_photos.ipynb #photos-17
+# %% ../nbs/22_photos.ipynb #photos-19
 def name_caption(name: str) -> str: # a path inside the folder
     "The words of a file name."
     return ' '.join(re.findall(r'[^\W_]+', Path(name).stem)) or 'picture'
 
+# %% ../nbs/22_photos.ipynb #photos-21
 def read_photo_captions(path: Path | None, names: list[str]) -> dict[str, list[str]]: # name -> captions
     "Captions from lines of path, tab, sentence; where a picture has none, its name."
     said, known = {}, set(names)
@@ -95,7 +97,7 @@ def read_photo_captions(path: Path | None, names: list[str]) -> dict[str, list[s
         said.setdefault(name, []).append(' '.join(text.split()))
     return {name: said.get(name) or [name_caption(name)] for name in names}
 
-# %% ../nbs/22_photos.ipynb #photos-20
+# %% ../nbs/22_photos.ipynb #photos-24
 def write_photos(folder: str | Path,  # with pictures
                  out: str | Path,     # folder of the layout
                  *, detector: str | Path,     # a folder, or a name on the hub
@@ -131,7 +133,7 @@ def write_photos(folder: str | Path,  # with pictures
             row += 1
         return _finish(f, out, split, said, seer, made)
 
-# %% ../nbs/22_photos.ipynb #photos-22
+# %% ../nbs/22_photos.ipynb #photos-26
 def _blank():
     from PIL import Image
     return Image.new('RGB', (320, 240))
@@ -150,6 +152,7 @@ def _store(picture, path: Path):
     picture.save(part, format='JPEG', quality=90)
     part.replace(path)
 
+# %% ../nbs/22_photos.ipynb #photos-28
 def _there_already(out: Path, split: str, names: list[str]) -> list[str]:
     ids = {line.strip() for line in read_lines(path_of(out, split, 'ids'))}
     gone = out/f'{split}_left_out.txt'
