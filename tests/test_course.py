@@ -5,13 +5,12 @@ from pathlib import Path
 import pytest
 
 from imtm_lite.cli import app, main
-from imtm_lite.course import (bare, bound, choose, course_app, directives, functions, mark_bodies, notebook, plain_cell, read_lesson, read_lessons, read_notebook, replace_regions,
+from imtm_lite.course import (bare, bound, choose, directives, functions, mark_bodies, notebook, plain_cell, read_lesson, read_lessons, read_notebook, replace_regions,
                               score, without_answers)
 from imtm_lite.data import DataError
 from imtm_lite.train import SettingError
 
 ROOT = Path(__file__).parent.parent
-app.add_typer(course_app, name='course')
 LESSONS = ROOT / 'nbs'
 ASSIGNMENTS = read_lessons(LESSONS)
 LESSON = [('markdown', '# Squares\n\n> A small lesson.'),
