@@ -72,13 +72,14 @@ def score(matcher: Matcher,
           progress: bool = False,     # a bar on long work
          ) -> Tensor:                 # (B, C) on the CPU
     "Scores of all pairs, tile by tile; neither the budget nor the order of items changes a score."
-    memory = memory or (2**24 if next(matcher.parameters()).device.type == 'cpu' else 2**30)
+    device = next(t for _, t in captions.items()).device
+    memory = memory or (2**24 if device.type == 'cpu' else 2**30)
     height, width = tile_shape(memory / pair_bytes(matcher, images, captions), len(images), len(captions))
     order = torch.arange(len(captions)) if captions.mask is None else captions.mask.sum(1).argsort().cpu()
     scores = torch.empty(len(images), len(captions))
     bar = tqdm(total=scores.numel(), unit='pair', unit_scale=True, desc='scoring', disable=not progress, leave=False)
     for some in order.split(width):                                 # captions of similar length, without their padding
-        block = captions[some.to(next(matcher.parameters()).device)].trimmed()
+        block = captions[some.to(device)].trimmed()
         for b in range(0, len(images), height):
             tile = matcher.match(images[b:b + height], block)
             scores[b:b + height, some] = tile.float().cpu()
