@@ -22,6 +22,7 @@ def masked_softmax(logits: Tensor, # (..., L)
                    mask: Tensor,   # broadcastable to `logits`, True where attention may go
                   ) -> Tensor:     # (..., L) rows sum to 1, or to 0 where nothing may be attended
     "Softmax over the positions that exist; padding weighs exactly nothing."
+    if mask.all(): return logits.softmax(-1)
     weights = logits.masked_fill(~mask, -torch.inf).softmax(-1)
     return weights if mask.any(-1).all() else weights.nan_to_num(0)
 

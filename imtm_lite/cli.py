@@ -298,7 +298,8 @@ def ground(run: Path = typer.Argument(help='folder of a run, or a checkpoint'), 
 # %% ../nbs/24_cli.ipynb #cli-26
 @app.command()
 def search(run: Path = typer.Argument(help='folder of a run, or a checkpoint'), sentence: str = typer.Argument(help='what to look for'),
-           data: Path = typer.Option(...), split: str = 'test', top: int = 5, out: Path = typer.Option(Path('search.png'), help='image of the results')):
+           data: Path = typer.Option(...), split: str = 'test', top: int = 5, out: Path = typer.Option(Path('search.png'), help='image of the results'),
+           candidates: int = typer.Option(None, help='score only so many pictures, chosen by a first look', show_default='all, exact')):
     """Find the pictures that fit a sentence, and draw them with the regions its words looked at.
 
     Example: imtm search runs/camp --data data/world "a white dog is running"
@@ -308,9 +309,11 @@ def search(run: Path = typer.Argument(help='folder of a run, or a checkpoint'), 
     if not sentence.strip(): raise SettingError('the sentence is empty: say what to look for, e.g. "a white dog is running"')
     unknown = unknown_words(sentence, matcher.vocab)
     if unknown: say.print(f'not in the vocabulary, all alike to the model: {", ".join(unknown)}', markup=False)
-    for k, hit in enumerate(find(matcher, part, sentence, top=top), 1): say.print(f'{k}. {hit.id}  {hit.score:.4f}', markup=False)
+    try: hits = find(matcher, part, sentence, top=top, candidates=candidates)
+    except ValueError as fault: raise SettingError(str(fault)) from None
+    for k, hit in enumerate(hits, 1): say.print(f'{k}. {hit.id}  {hit.score:.4f}', markup=False)
     import matplotlib; matplotlib.use('Agg')
-    draw_rankings(matcher, part, {sentence: None}, top=top).savefig(out, dpi=150)
+    draw_rankings(matcher, part, {sentence: None}, top=top, found={sentence: hits}).savefig(out, dpi=150)
     say.print(f'drawn in {out}', markup=False)
 
 # %% ../nbs/24_cli.ipynb #cli-26-b

@@ -71,6 +71,8 @@ def test_search_draws_a_picture_and_names_unknown_words(world, run, tmp_path):
     out = imtm('search', run, '--data', world, 'a zzyzx left of a tree', '--top', 3, '--out', tmp_path / 's.png')
     assert out.returncode == 0, out.stderr
     assert 'zzyzx' in out.stdout and '3. ' in out.stdout and (tmp_path / 's.png').stat().st_size > 5000
+    two_stages = imtm('search', run, '--data', world, 'a zzyzx left of a tree', '--top', 3, '--out', tmp_path / 's.png', '--candidates', 1000)
+    assert two_stages.returncode == 0 and two_stages.stdout == out.stdout, two_stages.stderr
 
 
 def test_demo_leaves_results_checkpoints_log_and_figure(tmp_path):
@@ -101,6 +103,7 @@ def test_faults_are_one_line_and_exit_code_2(world, run, tmp_path):
     one_line(imtm('eval', run, '--data', world, '--protocol', 'f30k-1k'), '1000 images', 'plain')
     one_line(imtm('eval', tmp_path / 'none', '--data', world), 'none')
     one_line(imtm('search', run, '--data', world, '  '), 'empty')
+    one_line(imtm('search', run, '--data', world, 'a dog', '--candidates', 2), '2 candidates for 5 pictures')
     one_line(imtm('world', world), world.name)
     assert not new.exists()                                                 # nothing half-written
 

@@ -68,7 +68,8 @@ class SSAMT(Matcher):
         looks = there[:, :, None] & F.pad(regions.mask, (0, 1))[:, None]                   # nobody looks at the picture
         looks[:, -1, -1] = True                                                            # but itself
         for block in self.image_blocks: x = block(x, looks)
-        return Codes(x=x[:, :-1], mask=regions.mask, gram=gram(x[:, :-1]), vector=x[:, -1])
+        v, whole = x[:, :-1].contiguous(), x[:, -1]                                         # a slice would be copied at every tile
+        return Codes(x=v, mask=regions.mask, gram=gram(v), vector=whole)
 
     def phrases(self, captions: Captions) -> Captions:
         "The captions with those phrases that this model wants."
