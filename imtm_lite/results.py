@@ -194,12 +194,7 @@ def dry_data(row: Row, folder: Path) -> Path:
     root, part = folder/f'{row.model}-{row.data}-data', folder/f'{row.model}-{row.data}.partial'
     if root.is_dir(): return root
     shutil.rmtree(part, ignore_errors=True)
-    write_world(part, **DRY, seed=0, regions=REGIONS[0], pictures=False, progress=False)
-    for split in DRY:
-        path = path_of(part, split, 'features')
-        x = np.load(path).astype(np.float32)                                           # (N, 36, d)
-        widen = np.random.default_rng(0).standard_normal((x.shape[2], REGIONS[1])) / REGIONS[1]**.5
-        np.save(path, (x @ widen).astype(np.float32))                                  # (N, 36, 2048)
+    write_world(part, **DRY, seed=0, regions=REGIONS[0], width=REGIONS[1], pictures=False, progress=False)
     if row.split != 'test':
         for path in part.glob('test_*'): path.rename(part/path.name.replace('test', row.split, 1))
     keep = {path_of(part, s, k) for s in ('train', 'dev', row.split) for key in (*REQUIRED, *needs(row.model)) for k in (key, PARTNERS.get(key, key))}
