@@ -14,7 +14,7 @@ from imtm_lite.text import Vocab
 from imtm_lite.train import MODELS, Log, Processes, read_checkpoint, shared_batches, split_scores, train
 from tests.test_matchers import make, ragged
 
-RUN = dict(arguments=dict(width=16, word_width=8), epochs=2, size=7, lr=2e-3, per_image=1, min_freq=2, decay_at=(1,), soft_epochs=1, device='cpu', progress=False, save_every=5)
+RUN = dict(arguments=dict(width=16, word_width=8), epochs=2, size=7, lr=5e-4, per_image=1, min_freq=2, decay_at=(1,), soft_epochs=1, device='cpu', progress=False, save_every=5)
 
 
 def free_port():
@@ -86,7 +86,7 @@ def compare(rank, count, sizes, variants):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize('count,sizes', [(2, (6, 5)), (3, (4, 2))]) # of two pairs the third process has none
+@pytest.mark.parametrize('count,sizes', [(2, (5,)), (3, (4, 2))]) # of two pairs the third process has none
 def test_losses_and_gradients_are_those_of_one_process(count, sizes, tmp_path):
     criteria = {'camp': HardestBCE(), 'cmsei': Triplet(hardest=False)}
     variants = [(name, {}, criteria.get(name, Triplet()), ('nothing',), None) for name in MODELS]
