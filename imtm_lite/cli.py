@@ -147,7 +147,7 @@ def train(model: str = typer.Argument(help='vse, scan, camp, ssamt, cmsei or hir
           warmup: str = Setting('steps of warm-up'), text_rate: str = Setting('factor on the rate of a pretrained text model'), decay_at: str = Setting('epochs at which the rate falls, e.g. 10,15'), decay: str = Setting('by which factor'),
           frozen: str = Setting('parameters not to train, by prefix, e.g. words,regions'), min_freq: str = Setting('rarer words become <unk>'),
           seed: int = 0, precision: str = typer.Option('no', help='no, bf16 or fp16'), device: str = typer.Option('auto', help='auto or cpu'),
-          memory: float = typer.Option(None, help='GiB for tiles of pairs, in training and in scoring', show_default='on a GPU 8 and 1'), save_every: int = typer.Option(500, help='steps between checkpoints'),
+          memory: float = typer.Option(None, help='GiB for tiles of pairs, in training and in scoring', show_default='2 and small on a CPU, 8 and 1 on a GPU'), save_every: int = typer.Option(500, help='steps between checkpoints'),
           resume: bool = typer.Option(False, help='go on from the last checkpoint')):
     """Train a model. Every setting of the preset is shown, and can be changed here.
 
