@@ -193,14 +193,14 @@ Setting = lambda help: typer.Option(None, help=help, show_default='the preset\'s
 def train(model: str = typer.Argument(help='vse, scan, camp, ssamt, cmsei or hire'), data: Path = typer.Option(..., help='folder with train and dev'),
           out: Path = typer.Option(..., help='folder for checkpoints and log'), preset: str = typer.Option('demo', help='demo, f30k or coco'),
           set_: list[str] = typer.Option([], '--set', help="argument of the model, e.g. --set width=256 --set gate=none"),
-          epochs: str = Setting('epochs'), size: str = Setting('pairs in a batch'), lr: str = Setting('learning rate'),
+          epochs: str = Setting('epochs'), size: str = Setting('pairs in a batch, of all processes together'), lr: str = Setting('learning rate'),
           per_image: str = Setting('captions of an image in an epoch, none: all'), distinct: str = Setting('no image twice in a batch: true or false'),
           criterion: str = Setting('triplet or bce'), margin: str = Setting('of the triplet loss'), soft_epochs: str = Setting('first epochs with all negatives'),
           optimizer: str = Setting('adam, adamw or sgd'), weight_decay: str = Setting('weight decay'), clip: str = Setting('largest gradient norm'),
           warmup: str = Setting('steps of warm-up'), text_rate: str = Setting('factor on the rate of a pretrained text model'), decay_at: str = Setting('epochs at which the rate falls, e.g. 10,15'), decay: str = Setting('by which factor'),
           frozen: str = Setting('parameters not to train, by prefix, e.g. words,regions'), min_freq: str = Setting('rarer words become <unk>'),
           seed: int = 0, precision: str = typer.Option('no', help='no, bf16 or fp16'), device: str = typer.Option('auto', help='auto or cpu'),
-          memory: float = typer.Option(None, help='GiB for scoring tiles', show_default='small on a CPU, 1 on a GPU'), save_every: int = typer.Option(500, help='steps between checkpoints'),
+          memory: float = typer.Option(None, help='GiB for tiles of pairs, in training and in scoring', show_default='2 and small on a CPU, 8 and 1 on a GPU'), save_every: int = typer.Option(500, help='steps between checkpoints'),
           resume: bool = typer.Option(False, help='go on from the last checkpoint')):
     """Train a model. Every setting of the preset is shown, and can be changed here.
 
@@ -209,14 +209,17 @@ def train(model: str = typer.Argument(help='vse, scan, camp, ssamt, cmsei or hir
     imtm train camp --data data/f30k_precomp --out runs/camp --preset f30k --precision bf16
 
     imtm train camp --data data/world --out runs/nogate --set gate=none --epochs 5/2
+
+    On two GPUs, one batch shared by both: torchrun --nproc_per_node 2 -m imtm_lite.cli train camp --data data/f30k_precomp --out runs/camp --preset f30k
     """
     typed = changed(epochs=epochs, size=size, lr=lr, per_image=per_image, distinct=distinct, criterion=criterion, margin=margin, soft_epochs=soft_epochs,
                     optimizer=optimizer, weight_decay=weight_decay, clip=clip, warmup=warmup, text_rate=text_rate, decay_at=decay_at, decay=decay, frozen=frozen, min_freq=min_freq)
     changes = typed | ({'arguments': dict(assignment(a) for a in set_)} if set_ else {})
-    show_stages(model, preset, recipe(model, preset, changes))
+    stages, first = recipe(model, preset, changes), os.environ.get('RANK', '0') == '0' # of several processes one speaks
+    if first: show_stages(model, preset, stages)
     best = train_recipe(model, data, out, preset=preset, changes=changes, resume=resume, seed=seed, precision=precision, device=device,
                         memory=memory and int(memory * 2**30), save_every=save_every)
-    say.print(f'best checkpoint: {best}\nnext: imtm eval {out} --data {data} --split test', markup=False)
+    if first: say.print(f'best checkpoint: {best}\nnext: imtm eval {out} --data {data} --split test', markup=False)
 
 def assignment(text: str) -> tuple[str, object]:
     "name=value"
@@ -389,3 +392,6 @@ def finish_demo(out: Path, part: Split, matcher, results: dict, seed: int, began
     partial = out/'results.json.partial'
     partial.write_text(json.dumps(record, indent=1)); os.replace(partial, out/'results.json')
     say.print(f"{record['seconds']:.0f} s. Pictures found by sentences: {out}/ranking.png; figures: {out}/results.json", markup=False)
+
+# %% ../nbs/21_cli.ipynb #cli-35-z
+if __name__ == '__main__' and '__file__' in globals(): main() # python -m imtm_lite.cli; in a notebook nothing happens

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOT_ARCHITECTURE', 'RegionEncoder', 'BiGRU', 'text_model', 'TransformerText', 'text_encoder', 'Codes', 'Matcher',
-           'match_by_length', 'masked_mean', 'VSE']
+           'KeptBytes', 'match_by_length', 'masked_mean', 'VSE']
 
 # %% ../nbs/04_encoders.ipynb #encoders-03
 import json
@@ -13,7 +13,9 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
 
 from .regions import Bundle, Regions
 from .text import Captions, need_transformers, pretrained
@@ -124,6 +126,8 @@ class Codes(Bundle):
 class Matcher(nn.Module):
     "The contract of every system: encode each side once, match all pairs, say what a batch costs."
     needs: tuple[str, ...] = () # files of a data set, beside features and captions, without which it refuses to work
+    memory: int | None = None   # bytes that the scores of a batch may keep for the backward pass: see `match_by_length`
+    processes = None            # those that share a batch, of the training lesson; None: this one has it whole
     def __init__(self, arguments: dict): # the constructor's `locals()`
         super().__init__()
         self.criterion: Callable | None = None # (scores (B, B), same (B, B)) -> scalar; the losses lesson has two
@@ -141,22 +145,61 @@ class Matcher(nn.Module):
         words = self.attention(images, captions)
         return None if words is None else torch.einsum('cpt,bctr->bcpr', F.normalize(units.to(words.dtype), p=1, dim=-1), words)
 
+    def whole(self, part, size: int): # of `Codes` or a tensor, this process's share -> all `size` items
+        "What each process has computed of a batch, put together; gradients find their way back."
+        return part if self.processes is None else self.processes.join(part, size)
+
+    def scores(self, images: Codes, captions: Codes) -> Tensor: # (B, B)
+        "All pairs of a batch."
+        return self.whole(match_by_length(self, images, captions, memory=self.memory), len(captions))
+
     def loss(self, images: Codes, captions: Codes, batch) -> dict[str, Tensor]:
         "Losses of a batch whose k-th image and k-th caption belong together; `batch.image` (B,) says which picture each row is."
         if self.criterion is None: raise ValueError('this matcher has no criterion yet: set matcher.criterion, e.g. Triplet() from imtm_lite.losses')
         same = batch.image[:, None] == batch.image
-        return {'total': self.criterion(match_by_length(self, images, captions), same)}
+        return {'total': self.criterion(self.scores(images, captions), same)}
 
     def forward(self, batch) -> dict[str, Tensor]: # encode both sides, then the loss
-        return self.loss(self.encode_images(batch.regions), self.encode_captions(batch.captions), batch)
+        return self.loss(self.encode_images(batch.regions), self.whole(self.encode_captions(batch.captions), len(batch.image)), batch)
+
+# %% ../nbs/04_encoders.ipynb #encoders-22-a
+class KeptBytes(saved_tensors_hooks):
+    "Counts the bytes that operations inside the block keep for the backward pass: `.bytes`."
+    def __init__(self, known): # tensors that are there anyway
+        self.bytes, self.seen = 0, {t.untyped_storage().data_ptr() for t in known}
+        super().__init__(self.pack, self.unpack)
+
+    def __enter__(self):
+        super().__enter__()
+        return self
+
+    def pack(self, t: Tensor):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in self.seen: self.bytes += storage.nbytes(); self.seen.add(storage.data_ptr())
+        return t, t._version
+
+    @staticmethod
+    def unpack(kept) -> Tensor:
+        if kept[0]._version != kept[1]: raise RuntimeError(f'a tensor of shape {tuple(kept[0].shape)} was changed in place after it had been kept for the backward pass')
+        return kept[0]
 
 # %% ../nbs/04_encoders.ipynb #encoders-23
-def match_by_length(matcher: Matcher, images: Codes, captions: Codes, *, size: int = 16) -> Tensor: # (B, C)
-    "`match` in blocks: captions of similar length, without their padding, with twice as many images."
+def match_by_length(matcher: Matcher,
+                    images: Codes,              # of B images
+                    captions: Codes,            # of C captions
+                    *, size: int = 16,          # captions of a tile; twice as many images
+                    memory: int | None = None,  # bytes that tiles may keep for the backward pass, the last one on top; None: 2 GiB on a CPU, 8 GiB on a GPU
+                   ) -> Tensor: # (B, C)
+    "`match` in tiles: captions of similar length, without their padding. What the budget cannot keep is computed again in the backward pass."
     if captions.mask is None: return matcher.match(images, captions)
     order = captions.mask.sum(1).argsort()
     blocks = [captions[some].trimmed() for some in order.split(size)]
-    rows = [torch.cat([matcher.match(images[b:b + 2 * size], c) for c in blocks], 1) for b in range(0, len(images), 2 * size)]
+    memory = memory if memory is not None else 2**31 if order.device.type == 'cpu' else 2**33
+    kept = KeptBytes([*matcher.parameters(), *(t for codes in (images, *blocks) for _, t in codes.items())])
+    def tile(v, t):
+        if kept.bytes >= memory: return checkpoint(matcher.match, v, t, use_reentrant=False)
+        with kept: return matcher.match(v, t)
+    rows = [torch.cat([tile(images[b:b + 2 * size], t) for t in blocks], 1) for b in range(0, len(images), 2 * size)]
     return torch.cat(rows)[:, order.argsort()]
 
 # %% ../nbs/04_encoders.ipynb #encoders-25

@@ -461,21 +461,16 @@ def synonyms(split: Split,
     return {h: max(sorted(members), key=total.__getitem__) for h, members in family.items()}
 
 # %% ../nbs/11_phrase_losses.ipynb #phrase-losses-84
-def phrase_penalty(agreement: Tensor, # (B, B, P) of picture b with phrase p of caption c; caption c is one of picture c
-                   matched: Tensor,   # (B, B, P) bool, from `PhraseLabels`
-                   exists: Tensor,    # (B, P) bool, False: padding
-                   images: Tensor,    # (N,) picture of each wrong pair
-                   captions: Tensor,  # (N,) caption of each wrong pair
+def phrase_penalty(wrong: Tensor, # (N, P) agreement of the phrases of each wrong pair's caption with its picture
+                   own: Tensor,   # (N, P) of the same phrases with the caption's own picture
+                   bad: Tensor,   # (N, P) bool, True: a phrase that is mismatched in the wrong picture; False: matched, or padding
                    margin: float = .2,
-                  ) -> Tensor:        # (N,)
+                  ) -> Tensor:    # (N,)
     "A mismatched phrase should agree less with the wrong picture than with its own, by a margin. After SSAMT's abstract; equation ours."
-    B, P = exists.shape
-    if agreement.shape != (B, B, P) or matched.shape != (B, B, P) or len(images) != len(captions):
-        raise ValueError(f'agreement {tuple(agreement.shape)}, matched {tuple(matched.shape)}, exists {tuple(exists.shape)}, pairs {len(images)} and {len(captions)}: '
-                         'expected (B, B, P), (B, B, P), (B, P), N and N')
-    agreement = agreement.to(torch.promote_types(agreement.dtype, torch.float32)).masked_fill(~exists, 0)
-    bad = exists[captions] & ~matched[images, captions]                       # (N, P)
-    cost = (margin + agreement[images, captions] - agreement[captions, captions]).clamp(min=0)
+    if not wrong.shape == own.shape == bad.shape or wrong.ndim != 2:
+        raise ValueError(f'wrong {tuple(wrong.shape)}, own {tuple(own.shape)}, bad {tuple(bad.shape)}: expected (N, P) three times')
+    full = torch.promote_types(wrong.dtype, torch.float32)
+    cost = (margin + wrong.to(full).masked_fill(~bad, 0) - own.to(full).masked_fill(~bad, 0)).clamp(min=0)
     return cost.masked_fill(~bad, 0).sum(1) / bad.sum(1).clamp(min=1)
 
 # %% ../nbs/11_phrase_losses.ipynb #phrase-losses-96

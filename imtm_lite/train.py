@@ -6,28 +6,31 @@
 __all__ = ['MODELS', 'CRITERIA', 'FORMAT', 'PRETRAINED', 'LEARNING', 'ATTENTION', 'CAMP_F30K', 'SMALL', 'DEMO', 'CAMERA', 'SHNET',
            'RECIPES', 'SettingError', 'build', 'check_arguments', 'CheckpointError', 'write_checkpoint',
            'read_checkpoint', 'load', 'put_weights', 'check_fits', 'facts', 'give_parser', 'learning_rate',
-           'make_optimizer', 'optimizer_tensors', 'restore_optimizer', 'split_scores', 'split_recall', 'probe_answers',
-           'probe_accuracy', 'train_step', 'keep_freed_memory', 'Log', 'train', 'check_settings', 'choose_vocabulary',
-           'Run', 'run_epoch', 'log_step', 'end_epoch', 'save_run', 'resume_run', 'released', 'recipe', 'arguments_for',
-           'train_recipe']
+           'make_optimizer', 'optimizer_tensors', 'restore_optimizer', 'Join', 'Processes', 'shared_batches',
+           'split_scores', 'split_recall', 'probe_answers', 'probe_accuracy', 'train_step', 'keep_freed_memory', 'Log',
+           'train', 'check_settings', 'choose_vocabulary', 'Run', 'run_epoch', 'log_step', 'end_epoch', 'save_run',
+           'resume_run', 'released', 'recipe', 'arguments_for', 'train_recipe']
 
 # %% ../nbs/18_training.ipynb #training-03
 import ctypes, hashlib, inspect, json, math, os
 from pathlib import Path
+from typing import Iterator
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from . import __version__
 from .attention import SCAN
-from .data import Split, batches, caption_chunks, image_chunks, need, plan
-from .encoders import VSE, Matcher
+from .data import Batch, Split, caption_chunks, image_chunks, need, plan
+from .encoders import VSE, Codes, Matcher
 from .losses import HardestBCE, Triplet, collapsed
 from .models.camp import CAMP, CAMPStage1
 from .models.cmsei import CMSEI
@@ -175,16 +178,82 @@ def restore_optimizer(optimizer, tensors: dict[str, Tensor]) -> None:
         if kind == 'optimizer': i, _, key = rest.partition('.'); state.setdefault(int(i), {})[key] = t
     optimizer.load_state_dict({'state': state, 'param_groups': optimizer.state_dict()['param_groups']})
 
+# %% ../nbs/18_training.ipynb #training-20-g
+class Join(torch.autograd.Function):
+    "Every process's parts, put together in every process; backward, a part gets the sum of what all processes ask of it."
+    @staticmethod
+    def forward(ctx, rank: int, sizes: list[int], *parts: Tensor): # each (sizes[rank], ...) -> (sum(sizes), ...)
+        ctx.rank, ctx.sizes = rank, sizes
+        def gather(part):
+            padded = part.new_zeros(max(sizes), *part.shape[1:])
+            padded[:len(part)] = part
+            found = [torch.empty_like(padded) for _ in sizes]
+            dist.all_gather(found, padded)
+            return torch.cat([f[:n] for f, n in zip(found, sizes)])
+        return tuple(map(gather, parts))
+
+    @staticmethod
+    def backward(ctx, *asked):
+        def mine(g):
+            g = g.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(g)
+            return g.split(ctx.sizes)[ctx.rank]
+        return None, None, *(mine(g) if needed else None for g, needed in zip(asked, ctx.needs_input_grad[2:]))
+
+# %% ../nbs/18_training.ipynb #training-20-i
+class Processes:
+    "The processes that share every batch, and which of them this is."
+    def __init__(self, rank: int = 0, count: int = 1, device='cpu'): # device: where messages travel from
+        self.rank, self.count, self.device, self.main = rank, count, device, rank == 0
+
+    def sizes(self, n: int) -> list[int]: return [n // self.count + (r < n % self.count) for r in range(self.count)] # of n items, each one's
+
+    def share(self, n: int) -> slice:
+        "This process's of n items; where there is none left, the last one for company."
+        sizes = self.sizes(n)
+        first = min(sum(sizes[:self.rank]), n - 1)
+        return slice(first, first + max(1, sizes[self.rank]))
+
+    def join(self, part, n: int): # `Codes` or a tensor: this process's share of n items -> all of them
+        "What everybody has, in everybody's hands; with gradients."
+        if self.count == 1: return part
+        sizes, bundle = self.sizes(n), part if isinstance(part, Codes) else Codes(only=part)
+        names, tensors = zip(*bundle.items())
+        whole = Join.apply(self.rank, sizes, *(t[:sizes[self.rank]].to(self.device) for t in tensors))
+        return Codes(**dict(zip(names, whole))) if bundle is part else whole[0]
+
+    def mean_gradients(self, parameters) -> None:
+        "Replace every gradient by its mean over the processes."
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if self.count == 1: return
+        mean = parameters_to_vector(grads) / self.count
+        dist.all_reduce(mean)
+        vector_to_parameters(mean, grads)
+
+    def agree(self, value): # what the first process says
+        said = [value]
+        if self.count > 1: dist.broadcast_object_list(said, device=self.device)
+        return said[0]
+
+# %% ../nbs/18_training.ipynb #training-20-k
+def shared_batches(split: Split, vocab: Vocab | Pieces, processes: Processes, *, start: int = 0, **order) -> Iterator[Batch]: # order: see `plan`
+    "`batches` of the data lesson, this process's share of each: regions and captions its own, `image` and `caption` the whole batch's."
+    encoded, image = split.encoded(vocab), torch.from_numpy(split.caption_image)
+    for c in plan(split, **order)[start:]:
+        c, own = torch.from_numpy(c), processes.share(len(c))
+        yield Batch(split.regions(image[c[own]]), encoded[c][own], image[c], image[c], c)
+
 # %% ../nbs/18_training.ipynb #training-22
 def split_scores(matcher: Matcher, split: Split, vocab: Vocab, *, memory: int | None = None, progress: bool = False) -> Tensor: # (N, M) on the CPU
     "Scores of every image with every caption of a split."
-    device, training = next(matcher.parameters()).device, matcher.training
+    device, training, processes = next(matcher.parameters()).device, matcher.training, matcher.processes or Processes()
     matcher.eval()
-    images = encode(matcher.encode_images, image_chunks(split), device=device)
+    rows = range(split.n_images)[processes.share(split.n_images)]
+    images = encode(matcher.encode_images, (split.regions(rows[i:i + 128]) for i in range(0, len(rows), 128)), device=device)
     captions = encode(matcher.encode_captions, caption_chunks(split, vocab), device=device)
-    scores = score(matcher, images, captions, memory=memory, progress=progress)
+    scores = score(matcher, images, captions, memory=memory, progress=progress and processes.main)
     matcher.train(training)
-    return scores
+    return processes.join(scores, split.n_images).cpu()
 
 def split_recall(matcher: Matcher, split: Split, vocab: Vocab, *, protocol: str = 'plain', **how) -> Recall:
     "Recall on a split by a named protocol."
@@ -208,11 +277,12 @@ def probe_accuracy(matcher: Matcher, split: Split, vocab: Vocab) -> dict[str, fl
 
 # %% ../nbs/18_training.ipynb #training-26
 def train_step(matcher, batch, optimizer, accelerator: Accelerator, clip: float) -> float: # loss per item, of the matching alone
-    "Forward, backward, clip, step."
-    losses = matcher(batch.to(accelerator.device))                       # under autocast where the precision asks for it
+    "Forward, backward, clip, step. With several processes `batch` is this one's share, and the loss that of the whole batch."
+    with accelerator.autocast(): losses = matcher(batch.to(accelerator.device)) # in the precision asked for
     loss = losses['total']
     optimizer.zero_grad(set_to_none=True)
     accelerator.backward(loss)
+    if matcher.processes: matcher.processes.mean_gradients(matcher.parameters())
     norm = accelerator.clip_grad_norm_([p for p in matcher.parameters() if p.requires_grad], clip)
     for name, x in (('loss', float(loss.detach())), ('gradient', float(norm))):
         if not math.isfinite(x) and accelerator.mixed_precision != 'fp16': # fp16's scaler skips such steps by itself
@@ -258,7 +328,7 @@ def train(model: str,                        # a name in MODELS
           margin: float = .2,                # of the triplet loss
           soft_epochs: int = 1,              # first epochs with all negatives instead of the hardest
           epochs: int = 30,
-          size: int = 128,                   # pairs in a batch
+          size: int = 128,                   # pairs in a batch, of all processes together
           per_image: int | None = None,      # captions of an image in an epoch: None is all, CAMP takes 1
           distinct: bool = True,             # no image twice in a batch
           optimizer: str = 'adam', lr: float = 2e-4, weight_decay: float = 0., clip: float = 2.,
@@ -268,7 +338,7 @@ def train(model: str,                        # a name in MODELS
           seed: int = 0,
           precision: str = 'no',             # 'bf16' or 'fp16' on a GPU
           device: str = 'auto',              # or 'cpu'
-          memory: int | None = None,         # bytes for scoring tiles; None: see `score`
+          memory: int | None = None,         # bytes for tiles of pairs, in training and in scoring; None: see `match_by_length` and `score`
           save_every: int = 500,             # steps between checkpoints within an epoch
           resume: bool = False, progress: bool = True) -> Path: # the best checkpoint
     "Train one matcher on one data set; `best.safetensors`, `last.safetensors` and `log.jsonl` in `out`."
@@ -276,11 +346,13 @@ def train(model: str,                        # a name in MODELS
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items() if k in LEARNING}
     check_settings(settings)
     run = Run(model, data, out, settings, arguments or {}, start, device, memory, progress)
-    if resume and run.last.is_file(): resume_run(run)
-    elif run.last.is_file(): raise CheckpointError(f'{out}: already holds a run; go on with --resume or choose another folder')
+    begun = run.processes.agree(run.last.is_file())
+    if begun and not resume: raise CheckpointError(f'{out}: already holds a run; go on with --resume or choose another folder')
     run.out.mkdir(parents=True, exist_ok=True)
-    if not run.last.is_file(): run.log.back_to(-1)                        # what a run left that died before its first checkpoint
+    if begun: resume_run(run)
+    elif run.processes.main: run.log.back_to(-1)                          # what a run left that died before its first checkpoint
     for epoch in range(run.epoch, epochs): run_epoch(run, epoch, save_every)
+    run.accelerator.wait_for_everyone()                                   # nobody reads the best checkpoint before it is complete
     return run.best
 
 # %% ../nbs/18_training.ipynb #training-33
@@ -309,12 +381,15 @@ def choose_vocabulary(text: str | dict, split: Split, min_freq: int) -> Vocab | 
 class Run:
     "A training run: what it trains, where it is, and how it goes on."
     def __init__(self, model, data, out, settings, arguments, start, device, memory, progress):
-        self.s, self.out, self.memory, self.progress = settings, Path(out), memory, progress
+        self.s, self.out, self.memory = settings, Path(out), memory
         self.best, self.last, self.log = self.out/'best.safetensors', self.out/'last.safetensors', Log(self.out/'log.jsonl')
         self.train, self.dev = Split(data, 'train'), Split(data, 'dev')
         keep_freed_memory()
         AcceleratorState._reset_state(reset_partial_state=True)            # an earlier run of this process may have had another precision
-        self.accelerator = Accelerator(mixed_precision=settings['precision'], cpu=device == 'cpu')
+        several = int(os.environ.get('WORLD_SIZE', 1)) > 1                    # launched by torchrun or accelerate
+        self.accelerator = a = Accelerator(mixed_precision=settings['precision'], cpu=device == 'cpu' or several and not torch.cuda.is_available())
+        self.processes = Processes(a.process_index, a.num_processes, a.device)
+        self.progress = progress and self.processes.main
         set_seed(settings['seed'])
         self.vocab = choose_vocabulary(arguments.get('text', 'bigru'), self.train, settings['min_freq'])
         check_arguments(model, arguments)
@@ -328,7 +403,9 @@ class Run:
         self.start = self.warm_start(Path(start)) if start else None           # fingerprint of the checkpoint it starts from
         self.matcher.criterion = CRITERIA[settings['criterion']](**({'margin': settings['margin']} if settings['criterion'] == 'triplet' else {}))
         o = make_optimizer(self.matcher, **{k: settings[k] for k in ('optimizer', 'lr', 'weight_decay', 'frozen', 'text_rate')})
-        self.matcher, self.optimizer = self.accelerator.prepare(self.matcher, o)
+        self.matcher, self.optimizer = self.matcher.to(a.device), a.prepare(o)
+        self.matcher.processes, self.matcher.memory = self.processes, memory
+        if not self.processes.main: torch.manual_seed(settings['seed'] + self.processes.rank)
         self.epoch, self.skip, self.step, self.best_rsum, self.recent = 0, 0, 0, -1., []
 
     def warm_start(self, path: Path) -> str:
@@ -337,13 +414,16 @@ class Run:
         put_weights(self.matcher, tensors, path, partly=True)
         return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
+    def note(self, **line): # in the log
+        if self.processes.main: self.log.write(**line)
+
 # %% ../nbs/18_training.ipynb #training-36
 def run_epoch(run: Run, epoch: int, save_every: int):
     "All batches of an epoch from where the run stands, then the dev split and the checkpoints."
     s, order = run.s, {k: run.s[k] for k in ('size', 'seed', 'per_image', 'distinct')}
     n = len(plan(run.train, epoch=epoch, **order))
     run.matcher.train(); run.matcher.criterion.hardest = epoch >= s['soft_epochs']
-    bar = tqdm(batches(run.train, run.vocab, epoch=epoch, start=run.skip, **order), total=n, initial=run.skip, unit='batch',
+    bar = tqdm(shared_batches(run.train, run.vocab, run.processes, epoch=epoch, start=run.skip, **order), total=n, initial=run.skip, unit='batch',
                desc=f"{run.model} {epoch + 1}/{s['epochs']}", disable=not run.progress, leave=False)
     for batch in bar:
         for group in run.optimizer.param_groups: group['lr'] = group['rate'] * learning_rate(run.step, epoch, **{k: s[k] for k in ('lr', 'warmup', 'decay_at', 'decay')})
@@ -358,29 +438,31 @@ def log_step(run: Run, bar, epoch: int):
     "A line in the log; an alarm when all scores have become equal."
     loss, run.recent = sum(run.recent[-20:]) / len(run.recent[-20:]), run.recent[-50:]
     bar.set_postfix(loss=f'{loss:.3f}')
-    run.log.write(step=run.step, epoch=epoch, loss=loss, lr=run.optimizer.param_groups[0]['lr'])
+    run.note(step=run.step, epoch=epoch, loss=loss, lr=run.optimizer.param_groups[0]['lr'])
     if collapsed(run.recent, run.matcher.criterion):
-        tqdm.write(f'{run.model}: all scores have become equal (loss per item {loss:.3f}); a lower learning rate, more soft epochs or a warm start may help')
-        run.log.write(step=run.step, epoch=epoch, alarm='collapsed'); run.recent = []
+        if run.processes.main: tqdm.write(f'{run.model}: all scores have become equal (loss per item {loss:.3f}); a lower learning rate, more soft epochs or a warm start may help')
+        run.note(step=run.step, epoch=epoch, alarm='collapsed'); run.recent = []
 
 def end_epoch(run: Run, epoch: int):
     "Dev recall, the best checkpoint if it is the best, and always the last."
     run.epoch, run.skip = epoch + 1, 0
     dev = split_recall(run.matcher, run.dev, run.vocab, memory=run.memory, progress=run.progress)
     figures = dict(i2t=dev.i2t, t2i=dev.t2i, rsum=dev.rsum)
-    run.log.write(step=run.step, epoch=epoch, dev=figures)
+    run.note(step=run.step, epoch=epoch, dev=figures)
     if run.progress: tqdm.write(f"{run.model} {epoch + 1}/{run.s['epochs']}  dev {dev}")
     if dev.rsum > run.best_rsum: run.best_rsum = dev.rsum; save_run(run, run.best, dev=figures)
     save_run(run, run.last)
 
 # %% ../nbs/18_training.ipynb #training-39
 def save_run(run: Run, path: Path, **more):
-    "Write a checkpoint; `last` can be resumed, `best` is for using."
+    "Write a checkpoint; `last` can be resumed, `best` is for using. Every process has to call it, the first one writes."
+    random = run.processes.join(torch.get_rng_state()[None], run.processes.count).cpu()      # (processes, bytes)
+    if not run.processes.main: return
     card = dict(format=FORMAT, library=__version__, model=run.model, config=run.config, vocabulary=run.vocab.stored, predicates=run.train.predicates, settings=run.s,
                 data=dict(folder=run.train.root.name, train=run.train.fingerprint(), dev=run.dev.fingerprint()), start=run.start,
                 epoch=run.epoch, skip=run.skip, step=run.step, best_rsum=run.best_rsum, **more)
     tensors = {f'model.{k}': v for k, v in run.matcher.state_dict().items()}
-    if path == run.last: tensors |= optimizer_tensors(run.optimizer) | {'random': torch.get_rng_state(), 'recent': torch.tensor(run.recent, dtype=torch.float64)}
+    if path == run.last: tensors |= optimizer_tensors(run.optimizer) | {'random': random.flatten(), 'recent': torch.tensor(run.recent, dtype=torch.float64)}
     write_checkpoint(path, tensors, card)
 
 def resume_run(run: Run):
@@ -394,9 +476,10 @@ def resume_run(run: Run):
     if card['vocabulary'] != run.vocab.stored: raise CheckpointError(f'{run.last}: has another vocabulary than the data gives; resume on the same data')
     put_weights(run.matcher, tensors, run.last)
     restore_optimizer(run.optimizer, tensors)
-    torch.set_rng_state(tensors['random'])
+    random = tensors['random'].view(-1, len(torch.get_rng_state()))
+    torch.set_rng_state(random[min(run.processes.rank, len(random) - 1)].clone())
     run.epoch, run.skip, run.step, run.best_rsum, run.recent = card['epoch'], card['skip'], card['step'], card['best_rsum'], tensors['recent'].tolist()
-    run.log.back_to(run.step)
+    if run.processes.main: run.log.back_to(run.step)
 
 # %% ../nbs/18_training.ipynb #training-41
 ATTENTION = ('regions', 'words', 'image_side', 'word_side') # what CAMP's second stage leaves alone

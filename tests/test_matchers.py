@@ -1,5 +1,6 @@
 "What every matcher owes: scores of a pair depend on that pair alone, however it is padded, tiled, ordered or encoded."
 import inspect, math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from imtm_lite.data import Batch
+from imtm_lite.encoders import KeptBytes, match_by_length
 from imtm_lite.losses import HardestBCE, Triplet
 from imtm_lite.models.camp import CAMP, CAMPStage1, load_released
 from imtm_lite.phrases import Entity, PhraseLabels, TextGraph
@@ -233,6 +235,63 @@ def test_ssamt_loss_reaches_every_parameter_and_needs_labels():
     without = make('ssamt', dict(phrase_weight=0.), torch.float64)
     without.criterion = Triplet()
     assert without(batch).keys() == {'match', 'total'}
+
+
+def test_ssamt_penalty_is_that_of_all_pairs_written_out():
+    ssamt, (regions, captions) = make('ssamt', dict(phrase_weight=.7, margin=.3), torch.float64), ragged(torch.float64, images=6, captions=6)
+    ssamt.criterion = Triplet()
+    image = torch.tensor([0, 1, 2, 1, 3, 4])                                  # rows 1 and 3 are one picture
+    named = [[int(x) for x in torch.randint(0, 20, (4,))] for _ in range(6)]
+    ssamt.labels = PhraseLabels([TextGraph(('a',), tuple(Entity(0, 1, str(x)) for x in n)) for n in named], image)
+    images, sentences = ssamt.encode_images(regions), ssamt.encode_captions(captions)
+    scores, agreed, want = ssamt.match(images, sentences), ssamt.phrase_agreement(images, sentences), 0.
+    said = lambda b: {x for c in range(6) if image[c] == image[b] for x in named[c]}
+    others = lambda k: [j for j in range(6) if image[j] != image[k]]
+    pairs = [(k, max(others(k), key=lambda c: float(scores[k, c]))) for k in range(6)] + [(max(others(k), key=lambda b: float(scores[b, k])), k) for k in range(6)]
+    for b, c in pairs:
+        bad = [u for u in range(4) if sentences.exists[c, u] and named[c][u] not in said(b)]
+        if bad: want += .7 * sum((.3 + agreed[b, c, u] - agreed[c, c, u]).clamp(min=0) for u in bad) / len(bad)
+    got = ssamt.loss(images, sentences, Batch(regions, captions, image, image, torch.arange(6)))['phrase']
+    assert want > 0
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    parts = [torch.autograd.grad(x, list(ssamt.parameters()), retain_graph=True, allow_unused=True) for x in (got, want)]
+    for a, b in zip(*parts): assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, rtol=0, atol=1e-11))
+
+
+@each
+def test_what_is_recomputed_changes_neither_score_nor_gradient(name, arguments):
+    matcher, (regions, captions) = make(name, arguments, torch.float64), ragged(torch.float64, images=40, captions=20)
+    weight, found = torch.randn(40, 20, dtype=torch.float64), []
+    plain = lambda v, t: matcher.match(v, t)
+    for scores in (plain, *(partial(match_by_length, matcher, memory=m) for m in (None, 100_000, 0))):
+        s = scores(matcher.encode_images(regions), matcher.encode_captions(captions))
+        found.append((s.detach(), *torch.autograd.grad((s * weight).sum(), list(matcher.parameters()), allow_unused=True)))
+    for a, b, c, d in zip(*found):
+        if b is None: assert a is c is d is None; continue
+        assert b.equal(c) and b.equal(d)                                      # the very same operations, once or twice
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+def test_recomputation_stays_within_its_budget():
+    camp, (regions, captions) = make('camp', {}, torch.float32), ragged(torch.float32, images=128, captions=64)
+    images, sentences = camp.encode_images(regions), camp.encode_captions(captions)
+    kept = []
+    for memory in (2**40, 2**21, 0):
+        with PeakBytes() as peak: match_by_length(camp, images, sentences, memory=memory).sum().backward(retain_graph=True)
+        kept.append(peak.peak)
+    assert kept[0] > 3 * kept[1] > 3 * 2**21 and kept[1] > kept[2]
+
+
+def test_a_tensor_changed_in_place_is_noticed_where_bytes_are_counted():
+    x = torch.ones(3, requires_grad=True)
+    with KeptBytes([x]) as counter:
+        y = x.exp()
+        z = y.square()
+    assert counter.bytes == 4 * 3                                             # y, kept twice, counts once
+    z.sum().backward()
+    with KeptBytes([x]): y = x.exp()
+    y.detach().add_(1)
+    with pytest.raises(RuntimeError, match='changed in place'): y.sum().backward()
 
 
 def test_ssamt_without_phrases_in_the_captions_says_what_to_do():

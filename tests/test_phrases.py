@@ -249,6 +249,11 @@ def penalty_loops(a, matched, exists, images, captions, margin):
     return torch.tensor(out, dtype=torch.float64)
 
 
+def of_pairs(a, matched, exists, images, captions):
+    "What the penalty is given of all agreements: those of the wrong pairs, those of the own ones, and which phrases are mismatched."
+    return a[images, captions], a[captions, captions], exists[captions] & ~matched[images, captions]
+
+
 def test_penalty_against_loops_with_finite_gradients():
     for seed in range(60):
         g = torch.Generator().manual_seed(seed)
@@ -258,7 +263,7 @@ def test_penalty_against_loops_with_finite_gradients():
         exists, matched = torch.rand(B, P, generator=g) < share[0], torch.rand(B, B, P, generator=g) < share[1]
         images, captions = torch.randint(B, (2, N), generator=g)
         cells = a.masked_fill(~exists, float(('nan', 'inf', '-inf')[seed % 3])).requires_grad_() # what stands in padding must not matter
-        cost = phrase_penalty(cells, matched, exists, images, captions, .3)
+        cost = phrase_penalty(*of_pairs(cells, matched, exists, images, captions), .3)
         torch.testing.assert_close(cost.detach(), penalty_loops(a, matched, exists, images, captions, .3), rtol=0, atol=1e-12)
         cost.sum().backward()
         assert cells.grad.isfinite().all() and (cells.grad[:, ~exists] == 0).all()
@@ -270,7 +275,7 @@ def test_penalty_is_zero_where_nothing_is_wrong(corner):
     a = torch.randn(B, B, P, requires_grad=True)
     exists = torch.full((B, P), corner != 'no phrase')
     matched = torch.full((B, B, P), corner == 'all matched')
-    cost = phrase_penalty(a, matched, exists, torch.arange(N), (torch.arange(N) + 1) % B)
+    cost = phrase_penalty(*of_pairs(a, matched, exists, torch.arange(N), (torch.arange(N) + 1) % B))
     assert cost.tolist() == [0.] * N
     cost.sum().backward()
     assert not a.grad.any()
@@ -282,10 +287,11 @@ def test_penalty_spares_matched_phrases_and_counts_in_full_precision():
     matched[0, 1, 0] = True
     b = a.clone()
     b[0, 1, 0] = 100.
-    assert phrase_penalty(b, matched, exists, *pairs).equal(phrase_penalty(a, matched, exists, *pairs))
-    assert phrase_penalty(a.half(), matched, exists, *pairs).dtype == torch.float32
-    with pytest.raises(ValueError, match='expected .B, B, P.'): phrase_penalty(a, matched[:1], exists, *pairs)
-    with pytest.raises(ValueError, match='pairs 1 and 2'): phrase_penalty(a, matched, exists, pairs[0][:1], pairs[1])
+    given = of_pairs(a, matched, exists, *pairs)
+    assert phrase_penalty(*of_pairs(b, matched, exists, *pairs)).equal(phrase_penalty(*given))
+    assert phrase_penalty(*of_pairs(a.half(), matched, exists, *pairs)).dtype == torch.float32
+    with pytest.raises(ValueError, match='expected .N, P.'): phrase_penalty(given[0], given[1][:1], given[2])
+    with pytest.raises(ValueError, match='bad .2, 2, 2.'): phrase_penalty(*given[:2], matched)
 
 
 def test_penalty_compares_a_phrase_with_itself():
@@ -294,9 +300,9 @@ def test_penalty_compares_a_phrase_with_itself():
     a, level = torch.randn(4, 4, 5, generator=g, dtype=torch.float64), 10 * torch.randn(4, 5, generator=g, dtype=torch.float64)
     exists, matched = torch.rand(4, 5, generator=g) < .8, torch.rand(4, 4, 5, generator=g) < .3
     pairs = torch.randint(4, (2, 20), generator=g)
-    cost = phrase_penalty(a, matched, exists, *pairs)
+    cost = phrase_penalty(*of_pairs(a, matched, exists, *pairs))
     assert cost.any()
-    torch.testing.assert_close(phrase_penalty(a + level, matched, exists, *pairs), cost, rtol=0, atol=1e-12)
+    torch.testing.assert_close(phrase_penalty(*of_pairs(a + level, matched, exists, *pairs)), cost, rtol=0, atol=1e-12)
 
 
 # ---------------------------------------------------------------- the mask, and captions with phrases
@@ -361,5 +367,5 @@ def test_a_caption_without_a_phrase():
     graphs = [chunk('running away'), chunk('a dog')]
     matched = PhraseLabels(graphs, [0, 1]).matched(torch.arange(2), torch.arange(2), 1)
     assert matched.tolist() == [[[False], [False]], [[False], [True]]]
-    cost = phrase_penalty(torch.zeros(2, 2, 1), matched, captions.units.any(2), torch.tensor([0, 1]), torch.tensor([1, 0]))
+    cost = phrase_penalty(*of_pairs(torch.zeros(2, 2, 1), matched, captions.units.any(2), torch.tensor([0, 1]), torch.tensor([1, 0])))
     torch.testing.assert_close(cost, torch.tensor([.2, 0.]))                     # 'a dog' is wrong in the first picture; nothing in the other caption can be

@@ -103,6 +103,11 @@ class SSAMT(Matcher):
         "How well each phrase fits each picture."
         return agreement(*self.phrase_weights(images, captions), images.gram).transpose(0, 1)
 
+    def pair_agreement(self, images: Codes, captions: Codes) -> Tensor: # of N pictures and N captions: (N, P) in [-1, 1]
+        "How well the phrases of the n-th caption fit the n-th picture."
+        cosine = torch.einsum('npd,nrd->npr', captions.phrases, images.x)[None]                       # (1, N, P, R)
+        return agreement(cosine, masked_softmax(self.temperature * cosine, images.mask[:, None]), images.gram)[0]
+
     def attention(self, images: Codes, captions: Codes) -> Tensor | None: # (B, C, T, R)
         return self.word_weights(images, captions)[1].transpose(0, 1) if self.config['local'] else None
 
@@ -113,15 +118,16 @@ class SSAMT(Matcher):
 
     def loss(self, images: Codes, captions: Codes, batch) -> dict[str, Tensor]:
         "One hinge on the score; and, in the hardest negative of each picture and of each caption, the mismatched phrases."
-        scores, same = self.match(images, captions), batch.image[:, None] == batch.image
+        scores, same = self.scores(images, captions), batch.image[:, None] == batch.image
         losses = {'match': self.criterion(scores, same)}
         if self.config['phrase_weight']:
             if self.labels is None: raise ValueError('this matcher has no phrase labels yet: set matcher.labels, a PhraseLabels of the training captions')
-            agreed = self.phrase_agreement(images, captions)                               # (B, B, P)
-            matched = self.labels.matched(batch.image, batch.caption, agreed.shape[2])
+            images = self.whole(images, len(captions))                                     # a caption's hardest picture may be anybody's
             wrong, row = scores.detach().masked_fill(same, -torch.inf), torch.arange(len(scores), device=scores.device)
-            pairs = torch.cat([row, wrong.argmax(0)]), torch.cat([wrong.argmax(1), row])   # pictures, captions
-            losses['phrase'] = self.config['phrase_weight'] * phrase_penalty(agreed, matched, captions.exists, *pairs, self.config['margin']).sum()
+            i, c = torch.cat([row, wrong.argmax(0)]), torch.cat([wrong.argmax(1), row])    # (2B,) pictures and captions of the wrong pairs
+            bad = captions.exists[c] & ~self.labels.matched(batch.image, batch.caption, captions.exists.shape[1])[i, c]
+            agreed, own = self.pair_agreement(images[i], captions[c]), self.pair_agreement(images, captions)[c]  # both (2B, P)
+            losses['phrase'] = self.config['phrase_weight'] * phrase_penalty(agreed, own, bad, self.config['margin']).sum()
         return losses | {'total': sum(losses.values())}
 
 # %% ../../nbs/15_ssamt.ipynb #ssamt-29
