@@ -200,7 +200,7 @@ def train(model: str = typer.Argument(help='vse, scan, camp, ssamt, cmsei or hir
           warmup: str = Setting('steps of warm-up'), text_rate: str = Setting('factor on the rate of a pretrained text model'), decay_at: str = Setting('epochs at which the rate falls, e.g. 10,15'), decay: str = Setting('by which factor'),
           frozen: str = Setting('parameters not to train, by prefix, e.g. words,regions'), min_freq: str = Setting('rarer words become <unk>'),
           seed: int = 0, precision: str = typer.Option('no', help='no, bf16 or fp16'), device: str = typer.Option('auto', help='auto or cpu'),
-          memory: float = typer.Option(None, help='GiB for tiles of pairs, in training and in scoring', show_default='2 and small on a CPU, 8 and 1 on a GPU'), save_every: int = typer.Option(500, help='steps between checkpoints'),
+          memory: float = typer.Option(None, help='GiB for tiles of pairs, in training and in scoring', show_default='2 and small on a CPU, 8 and 1 on a GPU'), workers: int = typer.Option(2, help='threads that read ahead'), save_every: int = typer.Option(500, help='steps between checkpoints'),
           resume: bool = typer.Option(False, help='go on from the last checkpoint')):
     """Train a model. Every setting of the preset is shown, and can be changed here.
 
@@ -218,7 +218,7 @@ def train(model: str = typer.Argument(help='vse, scan, camp, ssamt, cmsei or hir
     stages, first = recipe(model, preset, changes), os.environ.get('RANK', '0') == '0' # of several processes one speaks
     if first: show_stages(model, preset, stages)
     best = train_recipe(model, data, out, preset=preset, changes=changes, resume=resume, seed=seed, precision=precision, device=device,
-                        memory=memory and int(memory * 2**30), save_every=save_every)
+                        memory=memory and int(memory * 2**30), workers=workers, save_every=save_every)
     if first: say.print(f'best checkpoint: {best}\nnext: imtm eval {out} --data {data} --split test', markup=False)
 
 def assignment(text: str) -> tuple[str, object]:
@@ -393,5 +393,5 @@ def finish_demo(out: Path, part: Split, matcher, results: dict, seed: int, began
     partial.write_text(json.dumps(record, indent=1)); os.replace(partial, out/'results.json')
     say.print(f"{record['seconds']:.0f} s. Pictures found by sentences: {out}/ranking.png; figures: {out}/results.json", markup=False)
 
-# %% ../nbs/21_cli.ipynb #cli-35-z
+# %% ../nbs/24_cli.ipynb #cli-35-z
 if __name__ == '__main__' and '__file__' in globals(): main() # python -m imtm_lite.cli; in a notebook nothing happens

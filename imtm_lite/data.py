@@ -502,9 +502,9 @@ class Encoded:
 @dataclass
 class Batch:
     "B pairs: row k of the regions and row k of the captions belong together."
-    regions: Regions
+    regions: Regions      # of the share that was asked for, as the captions; all else is of the whole batch
     captions: Captions
-    image: Tensor         # (B,) image row of each row of regions
+    image: Tensor         # (B,) image row of each pair
     caption_image: Tensor # (B,) image row of each caption
     caption: Tensor       # (B,) index of each caption in split.captions
 
@@ -540,6 +540,7 @@ def batches(split: Split,
             per_image: int | None = None, # captions of each image in an epoch; None takes all, CAMP's loader takes 1
             distinct: bool = True,        # no image twice in a batch; False shuffles all captions, as SCAN's loader does
             start: int = 0,               # first batch, to go on in the middle of an epoch
+            share=slice,                  # B -> the pairs of a batch whose regions and captions are wanted, for several processes; all
             workers: int = 0,             # threads that read ahead, two batches each; 0: read when asked
             pin: bool = False,            # in page-locked memory, for copying to a GPU; see `Batch.to`
            ) -> Iterator[Batch]:
@@ -549,7 +550,8 @@ def batches(split: Split,
     encoded, image = split.encoded(vocab), torch.from_numpy(split.caption_image)
     def read(c):
         c = torch.from_numpy(c)
-        batch = Batch(split.regions(image[c]), encoded[c], image[c], image[c], c)
+        own = share(len(c))
+        batch = Batch(split.regions(image[c[own]]), encoded[c][own], image[c], image[c], c)
         return batch.pinned() if pin else batch
     pool = ThreadPoolExecutor(workers, 'batches') if workers else None
     yield from in_order(read, plan(split, size=size, seed=seed, epoch=epoch, per_image=per_image, distinct=distinct)[start:], pool, 2 * workers)

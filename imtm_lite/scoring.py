@@ -12,7 +12,6 @@ from typing import Iterable
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from tqdm import tqdm
 
 from .encoders import Codes, Matcher
 
@@ -69,7 +68,7 @@ def score(matcher: Matcher,
           images: Codes,              # of B images
           captions: Codes,            # of C captions
           *, memory: int | None = None, # budget for `match` in bytes, codes and result on top; None: 16 MiB on a CPU, 1 GiB on a GPU
-          progress: bool = False,     # a bar on long work
+          tell=lambda pairs: None,    # called after each tile with its number of pairs; `update` of a bar
          ) -> Tensor:                 # (B, C) on the CPU
     "Scores of all pairs, tile by tile; neither the budget nor the order of items changes a score."
     device = next(t for _, t in captions.items()).device
@@ -77,14 +76,12 @@ def score(matcher: Matcher,
     height, width = tile_shape(memory / pair_bytes(matcher, images, captions), len(images), len(captions))
     order = torch.arange(len(captions)) if captions.mask is None else captions.mask.sum(1).argsort().cpu()
     scores = torch.empty(len(images), len(captions))
-    bar = tqdm(total=scores.numel(), unit='pair', unit_scale=True, desc='scoring', disable=not progress, leave=False)
     for some in order.split(width):                                 # captions of similar length, without their padding
         block = captions[some.to(device)].trimmed()
         for b in range(0, len(images), height):
             tile = matcher.match(images[b:b + height], block)
             scores[b:b + height, some] = tile.float().cpu()
-            bar.update(tile.numel())
-    bar.close()
+            tell(tile.numel())
     return scores
 
 # %% ../nbs/13_scoring.ipynb #scoring-26

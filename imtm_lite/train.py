@@ -6,15 +6,14 @@
 __all__ = ['MODELS', 'CRITERIA', 'FORMAT', 'PRETRAINED', 'LEARNING', 'ATTENTION', 'CAMP_F30K', 'SMALL', 'DEMO', 'CAMERA', 'SHNET',
            'RECIPES', 'SettingError', 'build', 'check_arguments', 'CheckpointError', 'write_checkpoint',
            'read_checkpoint', 'load', 'put_weights', 'check_fits', 'facts', 'give_parser', 'learning_rate',
-           'make_optimizer', 'optimizer_tensors', 'restore_optimizer', 'Join', 'Processes', 'shared_batches',
-           'split_scores', 'split_recall', 'probe_answers', 'probe_accuracy', 'train_step', 'keep_freed_memory', 'Log',
-           'train', 'check_settings', 'choose_vocabulary', 'Run', 'run_epoch', 'log_step', 'end_epoch', 'save_run',
-           'resume_run', 'released', 'recipe', 'arguments_for', 'train_recipe']
+           'make_optimizer', 'optimizer_tensors', 'restore_optimizer', 'Join', 'Processes', 'split_scores',
+           'split_recall', 'probe_answers', 'probe_accuracy', 'train_step', 'keep_freed_memory', 'Log', 'train',
+           'check_settings', 'choose_vocabulary', 'Run', 'run_epoch', 'log_step', 'end_epoch', 'save_run', 'resume_run',
+           'released', 'recipe', 'arguments_for', 'train_recipe']
 
 # %% ../nbs/18_training.ipynb #training-03
 import ctypes, hashlib, inspect, json, math, os
 from pathlib import Path
-from typing import Iterator
 
 import torch
 import torch.distributed as dist
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 from . import __version__
 from .attention import SCAN
-from .data import Batch, Split, caption_chunks, image_chunks, need, plan
+from .data import Split, batches, image_chunks, need, plan
 from .encoders import VSE, Codes, Matcher
 from .losses import HardestBCE, Triplet, collapsed
 from .models.camp import CAMP, CAMPStage1
@@ -235,14 +234,6 @@ class Processes:
         if self.count > 1: dist.broadcast_object_list(said, device=self.device)
         return said[0]
 
-# %% ../nbs/18_training.ipynb #training-20-k
-def shared_batches(split: Split, vocab: Vocab | Pieces, processes: Processes, *, start: int = 0, **order) -> Iterator[Batch]: # order: see `plan`
-    "`batches` of the data lesson, this process's share of each: regions and captions its own, `image` and `caption` the whole batch's."
-    encoded, image = split.encoded(vocab), torch.from_numpy(split.caption_image)
-    for c in plan(split, **order)[start:]:
-        c, own = torch.from_numpy(c), processes.share(len(c))
-        yield Batch(split.regions(image[c[own]]), encoded[c][own], image[c], image[c], c)
-
 # %% ../nbs/18_training.ipynb #training-22
 def split_scores(matcher: Matcher, split: Split, vocab: Vocab, *, memory: int | None = None, progress: bool = False) -> Tensor: # (N, M) on the CPU
     "Scores of every image with every caption of a split."
@@ -250,8 +241,10 @@ def split_scores(matcher: Matcher, split: Split, vocab: Vocab, *, memory: int | 
     matcher.eval()
     rows = range(split.n_images)[processes.share(split.n_images)]
     images = encode(matcher.encode_images, (split.regions(rows[i:i + 128]) for i in range(0, len(rows), 128)), device=device)
-    captions = encode(matcher.encode_captions, caption_chunks(split, vocab), device=device)
-    scores = score(matcher, images, captions, memory=memory, progress=progress and processes.main)
+    encoded, scores = split.encoded(vocab), torch.empty(len(rows), len(split.captions))
+    with tqdm(total=scores.numel(), unit='pair', unit_scale=True, desc='scoring', disable=not (progress and processes.main), leave=False) as bar:
+        for some in encoded.lengths.argsort().split(512):                # by length: codes of a part only, and little padding
+            scores[:, some] = score(matcher, images, encode(matcher.encode_captions, [encoded[some]], device=device), memory=memory, tell=bar.update)
     matcher.train(training)
     return processes.join(scores, split.n_images).cpu()
 
@@ -278,7 +271,7 @@ def probe_accuracy(matcher: Matcher, split: Split, vocab: Vocab) -> dict[str, fl
 # %% ../nbs/18_training.ipynb #training-26
 def train_step(matcher, batch, optimizer, accelerator: Accelerator, clip: float) -> float: # loss per item, of the matching alone
     "Forward, backward, clip, step. With several processes `batch` is this one's share, and the loss that of the whole batch."
-    with accelerator.autocast(): losses = matcher(batch.to(accelerator.device)) # in the precision asked for
+    with accelerator.autocast(): losses = matcher(batch.to(accelerator.device, non_blocking=True)) # in the precision asked for
     loss = losses['total']
     optimizer.zero_grad(set_to_none=True)
     accelerator.backward(loss)
@@ -339,13 +332,14 @@ def train(model: str,                        # a name in MODELS
           precision: str = 'no',             # 'bf16' or 'fp16' on a GPU
           device: str = 'auto',              # or 'cpu'
           memory: int | None = None,         # bytes for tiles of pairs, in training and in scoring; None: see `match_by_length` and `score`
+          workers: int = 2,                  # threads that read ahead
           save_every: int = 500,             # steps between checkpoints within an epoch
           resume: bool = False, progress: bool = True) -> Path: # the best checkpoint
     "Train one matcher on one data set; `best.safetensors`, `last.safetensors` and `log.jsonl` in `out`."
     given = dict(locals())
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items() if k in LEARNING}
     check_settings(settings)
-    run = Run(model, data, out, settings, arguments or {}, start, device, memory, progress)
+    run = Run(model, data, out, settings, arguments or {}, start, device, memory, workers, progress)
     begun = run.processes.agree(run.last.is_file())
     if begun and not resume: raise CheckpointError(f'{out}: already holds a run; go on with --resume or choose another folder')
     run.out.mkdir(parents=True, exist_ok=True)
@@ -380,8 +374,8 @@ def choose_vocabulary(text: str | dict, split: Split, min_freq: int) -> Vocab | 
 
 class Run:
     "A training run: what it trains, where it is, and how it goes on."
-    def __init__(self, model, data, out, settings, arguments, start, device, memory, progress):
-        self.s, self.out, self.memory = settings, Path(out), memory
+    def __init__(self, model, data, out, settings, arguments, start, device, memory, workers, progress):
+        self.s, self.out, self.memory, self.workers = settings, Path(out), memory, workers
         self.best, self.last, self.log = self.out/'best.safetensors', self.out/'last.safetensors', Log(self.out/'log.jsonl')
         self.train, self.dev = Split(data, 'train'), Split(data, 'dev')
         keep_freed_memory()
@@ -423,7 +417,7 @@ def run_epoch(run: Run, epoch: int, save_every: int):
     s, order = run.s, {k: run.s[k] for k in ('size', 'seed', 'per_image', 'distinct')}
     n = len(plan(run.train, epoch=epoch, **order))
     run.matcher.train(); run.matcher.criterion.hardest = epoch >= s['soft_epochs']
-    bar = tqdm(shared_batches(run.train, run.vocab, run.processes, epoch=epoch, start=run.skip, **order), total=n, initial=run.skip, unit='batch',
+    bar = tqdm(batches(run.train, run.vocab, epoch=epoch, start=run.skip, share=run.processes.share, workers=run.workers, pin=run.accelerator.device.type == 'cuda', **order), total=n, initial=run.skip, unit='batch',
                desc=f"{run.model} {epoch + 1}/{s['epochs']}", disable=not run.progress, leave=False)
     for batch in bar:
         for group in run.optimizer.param_groups: group['lr'] = group['rate'] * learning_rate(run.step, epoch, **{k: s[k] for k in ('lr', 'warmup', 'decay_at', 'decay')})

@@ -11,7 +11,7 @@ from imtm_lite.encoders import Codes
 from imtm_lite.losses import HardestBCE, Triplet
 from imtm_lite.phrases import Entity, PhraseLabels, TextGraph
 from imtm_lite.text import Vocab
-from imtm_lite.train import MODELS, Log, Processes, read_checkpoint, shared_batches, split_scores, train
+from imtm_lite.train import MODELS, Log, Processes, read_checkpoint, split_scores, train
 from tests.test_matchers import make, ragged
 
 RUN = dict(arguments=dict(width=16, word_width=8), epochs=2, size=7, lr=5e-4, per_image=1, min_freq=2, decay_at=(1,), soft_epochs=1, device='cpu', progress=False, save_every=5)
@@ -144,10 +144,10 @@ def test_shares_are_everything_once():
             assert all(len(s) == max(1, k) for s, k in zip(shares, sizes))
 
 
-def test_shared_batches_read_their_own_pictures_alone(world):
+def test_batches_of_a_share_read_their_own_pictures_alone(world):
     split = Split(world, 'train')
     vocab, order = Vocab.build(split.captions, 2), dict(size=7, seed=0, epoch=0, per_image=1)
-    one, two, three = (list(shared_batches(split, vocab, Processes(r, 3), **order)) for r in range(3))
+    one, two, three = (list(batches(split, vocab, share=Processes(r, 3).share, **order)) for r in range(3))
     for whole, *parts in zip(batches(split, vocab, **order), one, two, three):
         assert all(p.caption.equal(whole.caption) and p.image.equal(whole.image) and len(p) == len(whole) for p in parts)
         sizes = Processes(0, 3).sizes(len(whole))
