@@ -37,6 +37,7 @@ def read_notebook(path: Path) -> tuple[list[dict], dict]: # cells with cell_type
     if not isinstance(cells, list) or not all(isinstance(c, dict) for c in cells): raise DataError(path, 'is no notebook', want)
     return [plain_cell(c) for c in cells], _dict(raw.get('metadata'))
 
+# %% ../nbs/22_course.ipynb #course-10
 def _dict(x) -> dict: return x if isinstance(x, dict) else {}
 
 def plain_cell(c: dict) -> dict:
@@ -45,7 +46,7 @@ def plain_cell(c: dict) -> dict:
     text = source if isinstance(source, str) else ''.join(map(str, source)) if isinstance(source, list) else ''
     return dict(cell_type=c.get('cell_type'), id=str(c.get('id', '')), metadata=_dict(c.get('metadata')), source=text)
 
-# %% ../nbs/22_course.ipynb #course-11
+# %% ../nbs/22_course.ipynb #course-13
 def directives(text: str) -> dict[str, list[str]]: # name -> the words behind it
     "The lines at the head of a cell that begin with #|."
     return {words[0]: words[1:] for line in takewhile(lambda l: l.startswith('#|'), text.split('\n')) if (words := line[2:].split())}
@@ -54,7 +55,7 @@ def bare(text: str) -> str:
     "A cell without them."
     return re.sub(r'\A(#\|.*(\n|\Z))+', '', text)
 
-# %% ../nbs/22_course.ipynb #course-14
+# %% ../nbs/22_course.ipynb #course-16
 STUB = ('# YOUR CODE HERE', 'raise NotImplementedError()')    # nbgrader's, so that its release is the same as ours
 
 def replace_regions(text: str, what: str, by: tuple[str, ...] = ()) -> str: # what: 'SOLUTION' or 'HIDDEN TESTS'
@@ -69,12 +70,13 @@ def replace_regions(text: str, what: str, by: tuple[str, ...] = ()) -> str: # wh
     if inside: raise ValueError(f'no END {what}')
     return '\n'.join(out)
 
+# %% ../nbs/22_course.ipynb #course-18
 def solves(text: str) -> bool: return replace_regions(text, 'SOLUTION') != text      # has markers of a solution
 def hides(text: str) -> bool: return replace_regions(text, 'HIDDEN TESTS') != text   # of hidden tests
 
 def without_answers(text: str) -> str: return replace_regions(replace_regions(text, 'SOLUTION', STUB), 'HIDDEN TESTS')
 
-# %% ../nbs/22_course.ipynb #course-17
+# %% ../nbs/22_course.ipynb #course-21
 def functions(tree: ast.Module) -> dict[str, ast.FunctionDef]: # 'f' or 'Class.method' -> where it is
     "The functions of a cell and the methods of its classes."
     inner = {f'{c.name}.{f.name}': f for c in tree.body if isinstance(c, ast.ClassDef) for f in c.body if isinstance(f, ast.FunctionDef)}
@@ -89,7 +91,7 @@ def mark_bodies(text: str, names: list[str] = ()) -> str: # none named: all
         lines[:] = mark_body(lines, f)
     return '\n'.join(lines)
 
-# %% ../nbs/22_course.ipynb #course-18
+# %% ../nbs/22_course.ipynb #course-23
 def mark_body(lines: list[str], f: ast.FunctionDef) -> list[str]:
     "The lines of a cell with markers around what follows the docstring of one function."
     said = ast.get_docstring(f) is not None
@@ -105,7 +107,7 @@ def mark_body(lines: list[str], f: ast.FunctionDef) -> list[str]:
     while end < len(lines) and lines[end].startswith(pad + '#'): end += 1   # and below the last
     return [*lines[:start], pad + '### BEGIN SOLUTION', *lines[start:end], pad + '### END SOLUTION', *lines[end:]]
 
-# %% ../nbs/22_course.ipynb #course-21
+# %% ../nbs/22_course.ipynb #course-26
 @dataclass
 class Cell:
     "A cell of an assignment; its text has solutions and hidden tests, within their markers."
@@ -125,12 +127,12 @@ class Assignment:
     @property
     def questions(self) -> list[Cell]: return [c for c in self.cells if c.kind == 'question']
 
-# %% ../nbs/22_course.ipynb #course-22
+# %% ../nbs/22_course.ipynb #course-28
 def make_cell(c: dict) -> Cell | None: # None: left out
     "A cell of a lesson as one of an assignment."
     if c['cell_type'] != 'code': return None if c['source'].startswith('<!-- lesson-only') else Cell('prose', c['source'], c['id'])
     d, text = directives(c['source']), bare(c['source'])
-    if not text.strip() or 'nbdev_export()' in text or d.keys() & {'lesson-only', 'slow', 'cuda'}: return None
+    if not text.strip() or 'nbdev_export' in text or d.keys() & {'lesson-only', 'slow', 'cuda'}: return None
     text = re.sub(r'''(['"])\.\./(data|tests)/''', r'\1\2/', text)    # an assignment has its data in its own folder
     without_answers(text)                                               # markers in pairs, or a fault
     if hides(text) and 'question' not in d: raise ValueError('hidden tests outside a question')
@@ -141,7 +143,7 @@ def make_cell(c: dict) -> Cell | None: # None: left out
     if 'answer' in d and not solves(text): text = mark_bodies(text, d['answer'][1:])
     return Cell('answer' if solves(text) else 'given', text, c['id'], *d.get('answer', [])[:1])
 
-# %% ../nbs/22_course.ipynb #course-23
+# %% ../nbs/22_course.ipynb #course-30
 def read_lesson(path: Path, points: dict[str, float] = {}) -> Assignment: # points that replace those of the lesson
     "A lesson as an assignment, with what must be said to students in place."
     cells = []
@@ -154,6 +156,7 @@ def read_lesson(path: Path, points: dict[str, float] = {}) -> Assignment: # poin
     check_names(a, path)
     return with_instructions(a) if a.questions else a
 
+# %% ../nbs/22_course.ipynb #course-32
 def check_names(a: Assignment, path: Path):
     "Every question comes after its answer, every answer has a question, and names are names."
     answered, before, asked = set(), set(), {q.about for q in a.questions}
@@ -168,7 +171,7 @@ def check_names(a: Assignment, path: Path):
         if answer: answered.add(c.name)
         if question: before.add(c.name)
 
-# %% ../nbs/22_course.ipynb #course-25
+# %% ../nbs/22_course.ipynb #course-34
 START = '''**Assignment {lesson}**, {total:g} points. Install what it needs, once, in this folder:
 
 `python -m pip install -r requirements.txt`
@@ -179,6 +182,7 @@ Then open this notebook with `jupyter lab`, write your answers where it says YOU
 |---|---|
 {table}'''
 
+# %% ../nbs/22_course.ipynb #course-36
 def with_instructions(a: Assignment) -> Assignment:
     "With a cell of instructions below the title, the points above each answer, and a line on each question."
     worth = {q.name: f'question {q.name}, {q.points:g} point{"s" * (q.points != 1)}' for q in a.questions}
@@ -192,13 +196,14 @@ def with_instructions(a: Assignment) -> Assignment:
         cells.append(c)
     return Assignment(a.lesson, cells)
 
-# %% ../nbs/22_course.ipynb #course-28
+# %% ../nbs/22_course.ipynb #course-39
 def graded(c: Cell, grade_id: str) -> dict:
     "nbgrader's metadata of an answer or a question."
     question = c.kind == 'question'
     mark = dict(schema_version=3, cell_type='code', grade_id=grade_id, grade=question, solution=not question, locked=question, task=False)
     return dict(nbgrader=mark | (dict(points=c.points) if question else {}), deletable=False, editable=not question)
 
+# %% ../nbs/22_course.ipynb #course-41
 def grade_ids(a: Assignment) -> list[str]: # '' for prose and given cells
     "A name for each cell that is answered or scored."
     ids = []
@@ -207,6 +212,7 @@ def grade_ids(a: Assignment) -> list[str]: # '' for prose and given cells
         ids.append(f'{wanted}-{sum(i.startswith(wanted) for i in ids) + 1}' if wanted and wanted in ids else wanted)
     return ids
 
+# %% ../nbs/22_course.ipynb #course-43
 def notebook(a: Assignment, *, blank: bool) -> dict:
     "An assignment as a Jupyter notebook: blank as students get it, or with solutions and hidden tests."
     cells = []
@@ -217,7 +223,7 @@ def notebook(a: Assignment, *, blank: bool) -> dict:
     about = dict(lesson=a.lesson, points={q.name: q.points for q in a.questions})
     return dict(cells=cells, metadata=dict(kernelspec=dict(display_name='Python 3', language='python', name='python3'), imtm_course=about), nbformat=4, nbformat_minor=5)
 
-# %% ../nbs/22_course.ipynb #course-31
+# %% ../nbs/22_course.ipynb #course-46
 ROOT = Path(imtm_lite.__path__[0]).parent # the checkout: nbs, data, settings.ini
 
 GUARD = '''
@@ -233,6 +239,7 @@ import sys
 sys.meta_path.insert(0, _EndsHere())
 '''
 
+# %% ../nbs/22_course.ipynb #course-48
 def module_numbers(nbs: Path) -> dict[str, int]: # module -> number of the lesson that exports it
     found = {path: re.search(r'#\| default_exp ([\w.]+)', path.read_text(encoding='utf-8')) for path in numbered(nbs)}
     return {m[1]: int(path.name[:2]) for path, m in found.items() if m}
@@ -242,7 +249,7 @@ def numbered(nbs: Path) -> list[Path]: # the lessons
     if not found: raise SettingError(f'{nbs}: no lessons here; run this in a checkout of imtm_lite, or say where they are with --nbs')
     return found
 
-# %% ../nbs/22_course.ipynb #course-32
+# %% ../nbs/22_course.ipynb #course-50
 def write_library(folder: Path, lesson: str, nbs: Path):
     "The modules of the lessons before one, as a package in a folder."
     here = {name for name, number in module_numbers(nbs).items() if number < int(lesson[:2])}
@@ -256,7 +263,7 @@ def write_library(folder: Path, lesson: str, nbs: Path):
         target.parent.mkdir(exist_ok=True)
         shutil.copy(source, target)
 
-# %% ../nbs/22_course.ipynb #course-34
+# %% ../nbs/22_course.ipynb #course-52
 CARRIED = ('data/sample', 'data/results', 'tests/camp_released') # what lessons open, by the path they call it
 
 def imported(text: str) -> set[str]: # first parts of the names of modules
@@ -264,6 +271,7 @@ def imported(text: str) -> set[str]: # first parts of the names of modules
     nodes = list(ast.walk(ast.parse(text)))
     return {a.name.split('.')[0] for n in nodes if isinstance(n, ast.Import) for a in n.names} | {n.module.split('.')[0] for n in nodes if isinstance(n, ast.ImportFrom) and n.module and not n.level}
 
+# %% ../nbs/22_course.ipynb #course-54
 def requirements(folder: Path, a: Assignment) -> list[str]:
     "What a student must install: those of our requirements that the assignment or its library imports, and Jupyter."
     config = ConfigParser(delimiters=['='], interpolation=None)
@@ -274,6 +282,7 @@ def requirements(folder: Path, a: Assignment) -> list[str]:
     of = lambda kind, names: [r for r in config['DEFAULT'][kind].split() if re.match('[A-Za-z_]+', r)[0] in names]
     return [*of('requirements', lesson | library), *of('dev_requirements', lesson), 'jupyterlab']
 
+# %% ../nbs/22_course.ipynb #course-56
 def furnish(folder: Path, a: Assignment, nbs: Path):
     "Everything an assignment needs beside its notebook."
     write_library(folder, a.lesson, nbs)
@@ -284,7 +293,7 @@ def furnish(folder: Path, a: Assignment, nbs: Path):
     shutil.copy(ROOT/'data'/'detector.safetensors', folder/'data')
     (folder/'requirements.txt').write_text('\n'.join(requirements(folder, a)) + '\n')
 
-# %% ../nbs/22_course.ipynb #course-36
+# %% ../nbs/22_course.ipynb #course-58
 def choose(every: list[Assignment], wanted: str) -> list[Assignment]: # wanted: '05-10', '05,12', '' for all
     "The assignments with these numbers."
     if not wanted: return every
@@ -294,6 +303,7 @@ def choose(every: list[Assignment], wanted: str) -> list[Assignment]: # wanted: 
     if not chosen: raise SettingError(f'--lessons {wanted}: no assignment has this number; there are {", ".join(a.lesson for a in every) or "none"}')
     return chosen
 
+# %% ../nbs/22_course.ipynb #course-60
 def read_lessons(nbs: Path, points: Path | None = None) -> list[Assignment]:
     "All lessons that are assignments, with the points of a file {question: points} where there is one."
     other = read_points(points) if points else {}
@@ -304,6 +314,7 @@ def read_lessons(nbs: Path, points: Path | None = None) -> list[Assignment]:
     if unknown: raise SettingError(f'{points}: no question {unknown[0]}; there are {", ".join(names)}')
     return every
 
+# %% ../nbs/22_course.ipynb #course-61
 def read_points(path: Path) -> dict[str, float]:
     "A file of points."
     try: found = json.loads(Path(path).read_text(encoding='utf-8'))
@@ -312,12 +323,14 @@ def read_points(path: Path) -> dict[str, float]:
         raise DataError(path, 'holds no points', 'expected JSON such as {"median-rank": 2}')
     return found
 
-# %% ../nbs/22_course.ipynb #course-37
+# %% ../nbs/22_course.ipynb #course-62
 course_app = typer.Typer(help='Lessons as assignments: hand them out without solutions, score what comes back.', no_args_is_help=True)
 @course_app.callback()
 def course(): pass # so that a command is always named
 
 say = Console(highlight=False, force_jupyter=False)
+
+# %% ../nbs/22_course.ipynb #course-64
 Lessons = typer.Option(ROOT/'nbs', help='folder of the lessons', show_default='that of this checkout')
 Points = typer.Option(None, help='JSON file {question: points} for other points than the lessons\'')
 
@@ -341,9 +354,9 @@ def build(out: Path = typer.Option(..., help='folder to make, for the students')
             (part/a.lesson/f'{a.lesson}.ipynb').write_text(json.dumps(notebook(a, blank=blank), indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
         part.rename(folder)
     for a in chosen: say.print(f'{out/a.lesson}: {len(a.questions)} questions, {sum(q.points for q in a.questions):g} points', markup=False)
-    say.print(f'next: hand a folder out; score what comes back with: imtm course check FILE.ipynb', markup=False)
+    say.print('next: hand a folder out; score what comes back with: imtm course check FILE.ipynb', markup=False)
 
-# %% ../nbs/22_course.ipynb #course-41
+# %% ../nbs/22_course.ipynb #course-68
 @dataclass
 class Step:
     "A cell to run."
@@ -352,6 +365,7 @@ class Step:
     name: str = ''     # of an answer or a question
     lesson: str = ''   # the lesson's own code for an answer
 
+# %% ../nbs/22_course.ipynb #course-70
 def plan(a: Assignment, cells: list[dict]) -> list[Step]: # cells of a submission
     "What to run, in the order of the lesson."
     code = [(c, g) for c, g in zip(a.cells, grade_ids(a)) if c.kind != 'prose']
@@ -372,7 +386,7 @@ def plan(a: Assignment, cells: list[dict]) -> list[Step]: # cells of a submissio
         steps += added.get(k, [])
     return steps
 
-# %% ../nbs/22_course.ipynb #course-44
+# %% ../nbs/22_course.ipynb #course-73
 def run_cell(code: str, names: dict, label: str) -> str: # '' or the fault
     "Run a cell; the fault that ended it, as one line."
     try:
@@ -382,13 +396,14 @@ def run_cell(code: str, names: dict, label: str) -> str: # '' or the fault
     except BaseException as fault: return ' '.join(traceback.format_exception_only(type(fault), fault)[-1].split())[:300]
     return ''
 
+# %% ../nbs/22_course.ipynb #course-75
 def keep_figures(prefix: str):
     "Save the figures of a cell, if asked to, and close them."
     plt = sys.modules.get('matplotlib.pyplot')
     for n in plt.get_fignums() if plt and prefix else (): plt.figure(n).savefig(f'{prefix}-{n}.png', dpi=100)
     if plt: plt.close('all')
 
-# %% ../nbs/22_course.ipynb #course-45
+# %% ../nbs/22_course.ipynb #course-76
 def serve(memory: int): # bytes
     "The process: orders in, replies out; standard input and output belong to nobody."
     pid, orders, replies, nowhere = os.getpid(), os.fdopen(os.dup(0)), os.fdopen(os.dup(1), 'w'), os.open(os.devnull, os.O_RDWR)
@@ -411,10 +426,11 @@ def serve(memory: int): # bytes
         replies.write(json.dumps(dict(token=order['token'], fault=fault)) + '\n')
         replies.flush()
 
-# %% ../nbs/22_course.ipynb #course-47
+# %% ../nbs/22_course.ipynb #course-78
 class Gone(Exception):
     "The process did not answer; the message says why."
 
+# %% ../nbs/22_course.ipynb #course-80
 class Process:
     "A process that runs cells in a folder."
     def __init__(self, folder: Path, memory: int):
@@ -448,11 +464,12 @@ class Process:
         except (OSError, ValueError): pass
         raise Gone('ended the process')
 
-# %% ../nbs/22_course.ipynb #course-50
+# %% ../nbs/22_course.ipynb #course-83
 def bound(code: str) -> list[str]:
     "The names that a cell binds."
     return sorted({i.argval for i in dis.get_instructions(compile(code, 'cell', 'exec')) if i.opname in ('STORE_NAME', 'STORE_GLOBAL')})
 
+# %% ../nbs/22_course.ipynb #course-85
 def walk(steps: list[Step], about: dict[str, str], go, faults: dict[str, str]):
     "Run the steps by `go(step number, code, again)`, and note what became of the questions."
     failed, last = set(), {about[s.name]: k for k, s in enumerate(steps) if s.kind == 'question'}
@@ -467,7 +484,7 @@ def walk(steps: list[Step], about: dict[str, str], go, faults: dict[str, str]):
             for j, t in enumerate(steps[first:k], first):
                 if t.kind in ('given', 'answer'): go(j, t.lesson if t.name in failed and t.kind == 'answer' else t.code, True)
 
-# %% ../nbs/22_course.ipynb #course-51
+# %% ../nbs/22_course.ipynb #course-87
 def score(a: Assignment, cells: list[dict], nbs: Path, *, limit: float = 120, total: float = 900, memory: int = 6 * 2**30,
           figures: Path | None = None) -> dict[str, str]: # question -> the fault, '' where all is right
     "Run a submission and test it; `limit` seconds a cell, `total` for everything."
@@ -493,7 +510,7 @@ def score(a: Assignment, cells: list[dict], nbs: Path, *, limit: float = 120, to
     late = {s.name: why for (k, again), why in dead.items() if (s := steps[k]).kind == 'answer' and not again}   # rather than "name is not defined"
     return {name: fault and late.get(about[name], fault) for name, fault in faults.items()}
 
-# %% ../nbs/22_course.ipynb #course-55
+# %% ../nbs/22_course.ipynb #course-91
 def which(path: Path, metadata: dict, lesson: str, every: list[Assignment]) -> Assignment:
     "The assignment of a submission: the one asked for, or what `build` wrote into the notebook, or the one in its file name."
     wanted = lesson or str(_dict(metadata.get('imtm_course')).get('lesson', ''))
@@ -501,6 +518,7 @@ def which(path: Path, metadata: dict, lesson: str, every: list[Assignment]) -> A
     if not found: raise SettingError(f'{path}: of which assignment? Give --lesson, one of {", ".join(a.lesson for a in every)}')
     return found[0]
 
+# %% ../nbs/22_course.ipynb #course-92
 def show_score(a: Assignment, faults: dict[str, str], title: str) -> dict:
     "The table of a submission, and the same as data."
     rows = {q.name: dict(points=0 if faults[q.name] else q.points, of=q.points, fault=faults[q.name]) for q in a.questions}
@@ -513,7 +531,7 @@ def show_score(a: Assignment, faults: dict[str, str], title: str) -> dict:
     say.print(table)
     return result
 
-# %% ../nbs/22_course.ipynb #course-56
+# %% ../nbs/22_course.ipynb #course-93
 @course_app.command()
 def check(submissions: list[Path] = typer.Argument(help='notebooks that came back'), lesson: str = typer.Option('', help='e.g. 12', show_default='what the notebook says'),
           points: Path = Points, limit: float = typer.Option(120, help='seconds a cell may take, by the clock: more on a busy machine'), total: float = typer.Option(900, help='seconds for a submission'),
