@@ -19,7 +19,7 @@ def look(t: Tensor,       # (B, T, D) what asks
          v: Tensor,       # (B, R, D) what answers
          there: Tensor,   # (B, R) bool
          temperature: float) -> Tensor: # (B, T, D)
-    "SCAN's attention (released code): the contexts of all words, formed."
+    "SCAN's attention: the contexts of all words, formed, without the copies of the released code."
     s = F.leaky_relu(v @ t.transpose(1, 2), .1)                                   # (B, R, T)
     s = s / s.norm(dim=2, keepdim=True).clamp(min=1e-8)
     return masked_softmax(temperature * s.transpose(1, 2), there[:, None]) @ v
@@ -35,10 +35,21 @@ def vse(matcher: Matcher, images: Codes, captions: Codes) -> Tensor: # (B, C), l
 
 
 def scan(matcher: Matcher, images: Codes, captions: Codes) -> Tensor:
-    return torch.stack([F.cosine_similarity(t, look(t, images.x, images.mask, matcher.temperature), dim=-1).mean(1) for _, t in each_caption(images, captions)], 1)
+    "As released, copies included: the words repeated for every picture, transposed weights and contexts written out, three reductions for a cosine."
+    columns = []
+    for _, t in each_caption(images, captions):
+        t = t.contiguous()
+        s = F.leaky_relu(images.x @ t.transpose(1, 2), .1)                         # (B, R, T)
+        s = s / s.norm(dim=2, keepdim=True).clamp(min=1e-8)
+        a = masked_softmax(matcher.temperature * s.transpose(1, 2).contiguous(), images.mask[:, None])
+        context = (images.x.transpose(1, 2) @ a.transpose(1, 2).contiguous()).transpose(1, 2).contiguous()
+        columns.append(((t * context).sum(2) / (t.norm(dim=2) * context.norm(dim=2)).clamp(min=1e-8)).mean(1))
+    return torch.stack(columns, 1)
 
 
-def ssamt(matcher: Matcher, images: Codes, captions: Codes) -> Tensor: return scan(matcher, images, captions) + vse(matcher, images, captions)
+def ssamt(matcher: Matcher, images: Codes, captions: Codes) -> Tensor:
+    words = [F.cosine_similarity(t, look(t, images.x, images.mask, matcher.temperature), dim=-1).mean(1) for _, t in each_caption(images, captions)]
+    return torch.stack(words, 1) + vse(matcher, images, captions)
 
 
 def cmsei(matcher: Matcher, images: Codes, captions: Codes) -> Tensor:
