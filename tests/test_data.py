@@ -589,7 +589,8 @@ def test_a_world_interrupted_while_writing_is_gone(tmp_path, monkeypatch, fault)
 @pytest.mark.parametrize('kill', [signal.SIGINT, signal.SIGKILL])
 def test_processes_end_with_the_run(tmp_path, kill):
     "Ctrl-C, which all processes of a terminal get, leaves nothing; after a kill nothing looks like a data set, and no process stays."
-    command = "from imtm_lite.data import SHAPES, write_world; write_world('new', seed=0, workers=1, progress=False, **SHAPES['f30k'])"
+    listen = 'import signal; signal.signal(signal.SIGINT, signal.default_int_handler); ' # a shell's background jobs are born deaf to Ctrl-C
+    command = listen + "from imtm_lite.data import SHAPES, write_world; write_world('new', seed=0, workers=1, progress=False, **SHAPES['f30k'])"
     run = subprocess.Popen([sys.executable, '-c', command], cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True)
     def wait(done):
         end = time.time() + 90
