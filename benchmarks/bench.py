@@ -187,6 +187,7 @@ if __name__ == '__main__':
     if a.quick: a.width, a.rounds = 32, 1
     rows = scoring([(8, 20)] if a.quick else [(64, 320), (200, 1000)], a.width, a.rounds)
     rows += training(a.width, a.rounds, 8 if a.quick else 32) + ranks((50, 250) if a.quick else (5000, 25_000), a.rounds) + loader(20 if a.quick else 1000, a.rounds)
+    for r in rows: r |= dict(threads=torch.get_num_threads(), width=a.width, torch=torch.__version__, machine=platform.machine(), library=commit())
     show(rows, f'width {a.width}, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}, imtm_lite {commit()}, medians of {a.rounds} rounds')
     partial = a.out.with_name(a.out.name + '.partial')
     partial.write_text(json.dumps(rows, indent=1)); partial.replace(a.out)
