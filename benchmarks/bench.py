@@ -82,9 +82,8 @@ def scoring(shapes, width: int, rounds: int) -> list[dict]:
             for form, f in (('fast', lambda m, a, b: score(m, a, b)), ('plain', PLAIN[name])):
                 n = n_images if form == 'fast' else min(n_images, 32)
                 a, b = v[:n], t[torch.linspace(0, n_captions - 1, min(n_captions, max(2, MOST[form][name == 'camp'] // n))).long()]
-                small = a[:4], b[:4]
                 forms[name, form] = dict(run=lambda f=f, m=matcher, a=a, b=b: f(m, a, b), pairs=n * len(b), seconds=[], share=[],
-                                         flops=flops(lambda f=PLAIN[name] if form == 'plain' else type(matcher).match, m=matcher, s=small: f(m, *s)) / 16, memory=memory(f, matcher, a, b))
+                                         flops=flops(lambda f=f, m=matcher, a=a, b=b: f(m, a, b)) / (n * len(b)), memory=memory(f, matcher, a, b))
         for _ in range(rounds):
             peak = peak_flops()
             for x in forms.values():
