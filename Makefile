@@ -2,7 +2,7 @@
 # make test   the tests, and every notebook from top to bottom
 # make lab    the lessons in JupyterLab
 # make readme README.md from nbs/index.ipynb
-# make bench  speed and memory of every model beside its plain form
+# make bench  speed and memory of every model beside its plain form, on one core
 # make detector  train the mini detector again
 
 PYTHON ?= python3
@@ -24,7 +24,7 @@ readme: .venv/installed
 	$(BIN)/python -m tools.readme
 
 bench: .venv/installed
-	$(BIN)/python -m benchmarks.bench
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench
 
 detector: .venv/installed
 	$(BIN)/python -m imtm_lite.regions data/detector.safetensors
