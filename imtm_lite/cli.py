@@ -24,6 +24,7 @@ from .data import SHAPES, DataError, Split, check as check_data, check_shape, im
 from .explore import GROUNDING, draw_rankings, ground as ground_phrases, search as find, unknown_words
 from .photos import write_photos
 from .recall import PROTOCOLS, Recall, check_protocol, evaluate
+from .results import write_json
 from .scenes import Noise
 from .semantic import RelationPrior, write_triples
 from .train import CheckpointError, Log, SettingError, check_fits, load, probe_accuracy, recipe, split_scores, train_recipe
@@ -260,8 +261,8 @@ def eval_(run: Path = typer.Argument(help='folder of a run, or a checkpoint'), d
     result = figures(matcher, part, protocol, memory and int(memory * 2**30))
     show_figures({matcher.card['model']: result}, f'{part.root.name} {split}: {part.n_images} pictures, {len(part.captions)} captions, protocol {protocol}, '
                  f"seed {matcher.card['settings']['seed']}, imtm_lite {commit()}")
-    if json_: json_.write_text(json.dumps(dict(result, model=matcher.card['model'], data=part.root.name, split=split, protocol=protocol,
-                                               seed=matcher.card['settings']['seed'], fingerprint=part.fingerprint(), library=commit()), indent=1))
+    if json_: write_json(json_, dict(result, model=matcher.card['model'], data=part.root.name, split=split, protocol=protocol,
+                                               seed=matcher.card['settings']['seed'], fingerprint=part.fingerprint(), library=commit()))
 
 # %% ../nbs/24_cli.ipynb #cli-24
 def show_figures(models: dict[str, dict], title: str):
@@ -295,8 +296,8 @@ def ground(run: Path = typer.Argument(help='folder of a run, or a checkpoint'), 
     for column in ('', *GROUNDING): table.add_column(column, justify='right')
     for kind, r in result.items(): table.add_row(kind, str(r['phrases']), *(f'{r[k]:.1f}' for k in GROUNDING[1:]))
     say.print(table)
-    if json_: json_.write_text(json.dumps(dict(grounding=result, model=matcher.card['model'], data=part.root.name, split=split,
-                                               seed=matcher.card['settings']['seed'], fingerprint=part.fingerprint(), library=commit()), indent=1))
+    if json_: write_json(json_, dict(grounding=result, model=matcher.card['model'], data=part.root.name, split=split,
+                                               seed=matcher.card['settings']['seed'], fingerprint=part.fingerprint(), library=commit()))
 
 # %% ../nbs/24_cli.ipynb #cli-26
 @app.command()
@@ -389,8 +390,7 @@ def finish_demo(out: Path, part: Split, matcher, results: dict, seed: int, began
     show_figures(results, title)
     record = dict(models={k: v for k, v in results.items() if k != 'chance'}, chance=results['chance'], dev=dev_curves(out), seconds=round(time.time() - began, 1), protocol='plain',
                   seed=seed, data=title, fingerprint=part.fingerprint(), library=commit())
-    partial = out/'results.json.partial'
-    partial.write_text(json.dumps(record, indent=1)); os.replace(partial, out/'results.json')
+    write_json(out/'results.json', record)
     say.print(f"{record['seconds']:.0f} s. Pictures found by sentences: {out}/ranking.png; figures: {out}/results.json", markup=False)
 
 # %% ../nbs/24_cli.ipynb #cli-35-z
