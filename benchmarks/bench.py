@@ -4,7 +4,6 @@ Every figure is a median over rounds in which all forms take turns, so that what
 read the ratios to the plain form, and the shares of the matmul peak measured in the same rounds. Figures go to benchmarks/results.json.
 """
 import argparse
-import json
 import platform
 import statistics
 import tempfile
@@ -24,6 +23,7 @@ from imtm_lite.losses import Triplet
 from imtm_lite.phrases import Entity, PhraseLabels, TextGraph
 from imtm_lite.recall import evaluate
 from imtm_lite.regions import Regions
+from imtm_lite.results import write_json
 from imtm_lite.scoring import PeakBytes, score
 from imtm_lite.text import Captions, Vocab
 from imtm_lite.train import MODELS, arguments_for
@@ -188,5 +188,4 @@ if __name__ == '__main__':
     rows += training(a.width, a.rounds, 8 if a.quick else 32) + ranks((50, 250) if a.quick else (5000, 25_000), a.rounds) + loader(20 if a.quick else 1000, a.rounds)
     for r in rows: r |= dict(threads=torch.get_num_threads(), width=a.width, torch=torch.__version__, machine=platform.machine(), library=commit())
     show(rows, f'width {a.width}, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}, imtm_lite {commit()}, medians of {a.rounds} rounds')
-    partial = a.out.with_name(a.out.name + '.partial')
-    partial.write_text(json.dumps(rows, indent=1)); partial.replace(a.out)
+    write_json(a.out, rows)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .data import FILES, TOLERANCE, DataError, Split, need, open_array, path_of, read_caption_image, read_captions, read_header, read_lines
+from .data import FILES, TOLERANCE, DataError, Split, make_room, need, npy_header, open_array, path_of, read_caption_image, read_captions, read_header, read_lines
 from .regions import iou
 from .semantic import detector_size, triples_from_detector, triples_from_names
 
@@ -50,7 +50,7 @@ class _Rows:
 
     def header(self, rows: int) -> int: # where the rows begin
         self.file.seek(0)
-        np.lib.format.write_array_header_1_0(self.file, dict(descr=np.lib.format.dtype_to_descr(self.dtype), fortran_order=False, shape=(rows, *self.shape)))
+        self.file.write(npy_header((rows, *self.shape), self.dtype))
         return self.file.tell()
 
     def put(self, row: int, value: np.ndarray):
@@ -126,7 +126,7 @@ class Filling:
         for path in self.final.values():
             if path.exists(): raise DataError(path, 'is there already', 'choose another folder, or remove it first')
         need = rows * sum(int(np.prod(shape)) * np.dtype(t).itemsize for shape, t in columns.values())
-        if need > (free := shutil.disk_usage(folder).free): raise DataError(folder, f'{need / 2**30:.1f} GiB are needed, {free / 2**30:.1f} are free', 'make room, or store features in half precision')
+        make_room(folder, need, 'make room, choose another disk, or store features in half precision')
 
     def put(self, name: str, row: int | None, note: str | None = None, **values): # row None: left out, and the note says why
         "One row of every array."

@@ -25,6 +25,7 @@ from rich.text import Text
 
 import imtm_lite
 from .data import DataError
+from .results import write_json
 from .train import SettingError
 
 # %% ../nbs/23_course.ipynb #course-08
@@ -556,6 +557,5 @@ def check(submissions: list[Path] = typer.Argument(help='notebooks that came bac
         faults = score(a, cells, nbs, limit=limit, total=total, memory=int(memory * 2**30), figures=figures and figures.resolve()/'-'.join(path.with_suffix('').parts[-3:]).strip('/'))
         results[str(path)] = show_score(a, faults, f'{path}: {a.lesson}')
     if json_:
-        part = json_.with_name(json_.name + '.partial')
-        part.write_text(json.dumps(results, indent=1), encoding='utf-8'); part.replace(json_)
+        write_json(json_, results)
     if unread: raise typer.Exit(2)

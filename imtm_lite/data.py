@@ -8,9 +8,9 @@ __all__ = ['FILES', 'REQUIRED', 'PIECE', 'TOLERANCE', 'FIRST_SCENE', 'SCENES_PER
            'read_caption_image', 'Split', 'check_width', 'check_repeats', 'open_optional', 'need', 'JsonLines',
            'good_triples', 'good_phrases', 'good_probe', 'copy_row', 'read_features', 'read_boxes', 'read_labels',
            'read_triples', 'read_regions', 'read_picture', 'fingerprint', 'plan', 'Encoded', 'Batch', 'in_order',
-           'batches', 'image_chunks', 'caption_chunks', 'scene_numbers', 'scene_texts', 'widen', 'world_chunk',
-           'npy_header', 'SplitWriter', 'world_bytes', 'check_shape', 'make_room', 'write_world', 'rows_in_chunks',
-           'look_at_features', 'look_at_captions', 'look_at_boxes', 'look_at_labels', 'look_at_scores',
+           'batches', 'image_chunks', 'scene_numbers', 'scene_texts', 'widen', 'world_chunk', 'npy_header',
+           'SplitWriter', 'world_bytes', 'check_shape', 'make_room', 'write_world', 'rows_in_chunks',
+           'look_at_features', 'look_at_captions', 'look_at_boxes', 'look_at_sizes', 'look_at_labels', 'look_at_scores',
            'look_at_triples', 'look_at_phrases', 'look_at_probes', 'Report', 'check']
 
 # %% ../nbs/03_data.ipynb #data-03
@@ -435,13 +435,14 @@ def read_regions(split: Split,
                    labels=None if split.labels is None else read_labels(split, rows), triples=triples, confidence=confidence)
 
 # %% ../nbs/03_data.ipynb #data-65
-def read_picture(split: Split, row: int):
+def read_picture(split: Split, row: int, read=lambda image: image.convert('RGB')): # what to read of it
     "An image as a PIL picture, or None when the data set has no file for it."
     from PIL import Image
     name = split.ids[row]
     for file in (f'{name}.png', f'{name}.jpg', name):
         if (path := split.root/'pictures'/file).is_file():
-            try: return Image.open(path).convert('RGB')
+            try:
+                with Image.open(path) as image: return read(image)
             except OSError as e:
                 raise DataError(path, f'not a readable picture ({e})',
                                 'expected a PNG or JPEG file: copy or write it again') from None
@@ -557,14 +558,10 @@ def batches(split: Split,
     yield from in_order(read, plan(split, size=size, seed=seed, epoch=epoch, per_image=per_image, distinct=distinct)[start:], pool, 2 * workers)
 
 # %% ../nbs/03_data.ipynb #data-95
-def image_chunks(split: Split, size: int = 128) -> Iterator[Regions]:
-    "All images, in file order."
-    for i in range(0, split.n_images, size): yield split.regions(range(i, min(i + size, split.n_images)))
-
-def caption_chunks(split: Split, vocab: Vocab, size: int = 512) -> Iterator[Captions]:
-    "All captions, in file order."
-    encoded = split.encoded(vocab)
-    for i in range(0, len(encoded), size): yield encoded[i:i + size]
+def image_chunks(split: Split, rows: Sequence[int] | None = None, *, size: int = 128) -> Iterator[Regions]: # rows None: all
+    "Images in the order of their rows, `size` at a time."
+    rows = range(split.n_images) if rows is None else rows
+    for i in range(0, len(rows), size): yield split.regions(rows[i:i + size])
 
 # %% ../nbs/03_data.ipynb #data-99
 FIRST_SCENE = dict(train=100_000_000, dev=100_800_000, test=100_900_000) # of seed 0; the detector learnt on lower numbers
@@ -666,10 +663,10 @@ def check_shape(*, train: int, dev: int, test: int, seed: int, regions: int, wid
     widen(np.zeros((1, 128)), width)
     return {s: scene_numbers(s, n, seed) for s, n in dict(train=train, dev=dev, test=test).items() if n}
 
-def make_room(root: Path, size: int): # in bytes
+def make_room(root: Path, size: int, mend: str = 'make room, choose another disk, or ask for fewer pictures'): # size in bytes
     "Refuse, before anything is written, what the disk has no room for."
-    free = shutil.disk_usage(next(p for p in root.absolute().parents if p.exists())).free
-    if size > free: raise DataError(root, f'needs {size / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB free', 'make room, choose another disk, or ask for fewer pictures')
+    free = shutil.disk_usage(next(p for p in (root.absolute(), *root.absolute().parents) if p.exists())).free
+    if size > free: raise DataError(root, f'needs {size / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB free', mend)
 
 # %% ../nbs/03_data.ipynb #data-105
 def _start_worker():
@@ -761,6 +758,19 @@ def look_at_boxes(split: Split) -> dict[str, str]:
     share = [box_area(boxes).mean(1) / sizes.prod(1) for boxes, sizes in (read_boxes(split, rows) for rows in rows_in_chunks(split))]
     return {'mean box area': f'{100 * torch.cat(share).mean():.1f} %'}
 
+def look_at_sizes(split: Split) -> dict[str, str]:
+    "Sizes must have the proportions of the pictures that are there, but for a pixel."
+    there, wrong = 0, []
+    for row, (w, h) in enumerate(split.sizes.tolist()):
+        if (size := read_picture(split, row, lambda image: image.size)) is None: continue
+        there += 1
+        if abs(w * size[1] - h * size[0]) > max(w, h, *size): wrong.append((row, f'{w:g} x {h:g}', f'{size[0]} x {size[1]}'))
+    if wrong:
+        row, stored, true = wrong[0]
+        raise DataError(split.path('sizes'), f'row {row} (image {split.ids[row]}): {stored}, but its picture is {true}; the proportions of {len(wrong)} of {there} pictures differ',
+                        'boxes are made relative by these sizes: store those of the pictures that the boxes were found in (GSMN\'s files are known for it, data/README.md)')
+    return {'sizes fit': f'{there} pictures'} if there else {}
+
 def look_at_labels(split: Split) -> dict[str, str]:
     "Share of regions with a class, and how many classes occur."
     labels = torch.cat([read_labels(split, rows) for rows in rows_in_chunks(split)])
@@ -790,7 +800,7 @@ def look_at_probes(split: Split) -> dict[str, str]:
     return {'probes': f'{len(kinds)} of {len(set(kinds))} kinds'}
 
 # %% ../nbs/03_data.ipynb #data-121
-LOOKS = dict(features=look_at_features, boxes=look_at_boxes, labels=look_at_labels, scores=look_at_scores,
+LOOKS = dict(features=look_at_features, boxes=look_at_boxes, sizes=look_at_sizes, labels=look_at_labels, scores=look_at_scores,
              triples=look_at_triples, phrases=look_at_phrases, probes=look_at_probes)
 
 @dataclass
@@ -836,6 +846,9 @@ def check(root: str | Path,  # a folder in the layout of `FILES`
     if vocab: report.notes.append(f'unknown words: not among the {len(vocab)} that train has at least {min_freq} times')
     for name, split in splits.items():
         report.table[name] = column = look_at_captions(split, vocab)
+        if (k := split.repeats) > 1:
+            file, size = split.path('features').name, split.stored.nbytes / 1e9
+            report.notes.append(f'{file} stores each image {k} times, a row a caption: it is read as one, every caption finds its own; {size * (1 - 1 / k):.2g} of {size:.2g} GB are copies')
         for key in tqdm([k for k in LOOKS if getattr(split, k) is not None], desc=name, disable=not progress):
             column.update(attempt(LOOKS[key], split) or {})
     for key, (file, holds, use) in FILES.items():

@@ -240,7 +240,7 @@ def split_scores(matcher: Matcher, split: Split, vocab: Vocab, *, memory: int | 
     device, training, processes = next(matcher.parameters()).device, matcher.training, matcher.processes or Processes()
     matcher.eval()
     rows = range(split.n_images)[processes.share(split.n_images)]
-    images = encode(matcher.encode_images, (split.regions(rows[i:i + 128]) for i in range(0, len(rows), 128)), device=device)
+    images = encode(matcher.encode_images, image_chunks(split, rows), device=device)
     encoded, scores = split.encoded(vocab), torch.empty(len(rows), len(split.captions))
     with tqdm(total=scores.numel(), unit='pair', unit_scale=True, desc='scoring', disable=not (progress and processes.main), leave=False) as bar:
         for some in encoded.lengths.argsort().split(512):                # by length: codes of a part only, and little padding

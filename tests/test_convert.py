@@ -110,7 +110,7 @@ def test_a_filling_is_shortened_and_never_takes_a_name_that_is_taken(tmp_path, m
     assert a.tolist() == [[1, 1], [2, 2]] and (tmp_path / 's_boxes.npy').stat().st_size < 200
     assert 'is there already' in refused(c.Filling, tmp_path, 's', 'boxes', **how)
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(10, 10, 10))
-    assert 'GiB are needed' in refused(c.Filling, tmp_path, 't', 'boxes', **how)
+    assert 'and the disk has' in refused(c.Filling, tmp_path, 't', 'boxes', **how)
 
 
 def test_other_settings_are_refused(tmp_path):

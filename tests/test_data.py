@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import imtm_lite.data as data
-from imtm_lite.data import SHAPES, Batch, DataError, Split, batches, caption_chunks, check, image_chunks, in_order, need, path_of, plan, scene_numbers, widen, world_bytes, write_world
+from imtm_lite.data import SHAPES, Batch, DataError, Split, batches, check, image_chunks, in_order, need, path_of, plan, scene_numbers, widen, world_bytes, write_world
 from imtm_lite.regions import Regions
 from imtm_lite.scenes import draw, make_scene
 from imtm_lite.text import Captions, Vocab
@@ -321,9 +321,8 @@ def test_results_come_in_the_order_of_the_jobs():
 @pytest.mark.parametrize('size', [1, 4, 100])
 def test_chunks(root, size):
     s = Split(root, 'train')
-    vocab = Vocab.build(s.captions)
-    assert Regions.cat(list(image_chunks(s, size))).features.equal(s.regions(slice(None)).features)
-    assert Captions.cat(list(caption_chunks(s, vocab, size))).tokens.equal(Captions.from_text(s.captions, vocab).tokens)
+    assert Regions.cat(list(image_chunks(s, size=size))).features.equal(s.regions(slice(None)).features)
+    assert Regions.cat(list(image_chunks(s, range(1, s.n_images), size=size))).features.equal(s.regions(range(1, s.n_images)).features)
 
 
 # Faults: (what is broken, how, what the line must say)
@@ -519,6 +518,34 @@ def test_check_lists_all(root):
     report = check(root)
     assert len(report.problems) == 7 and not report.ok and str(report).count('train_') == 6
     assert 'no problems' not in str(report)
+
+
+def test_check_tells_of_copies(root):
+    "Features stored once a caption are read once, and the report says how much of the file is copies."
+    assert 'are copies' not in str(check(root))
+    rows, per = np.load(root/'train_ims.npy'), len(Split(root, 'train').captions) // Split(root, 'train').n_images
+    assert per > 1
+    np.save(root/'train_ims.npy', rows.repeat(per, 0))
+    report = check(root)
+    assert report.ok and report.table['train']['images'] == str(len(rows)) and report.table['train']['stored as'].endswith(f'x{per}')
+    assert f'train_ims.npy stores each image {per} times' in str(report)
+
+
+@pytest.mark.parametrize('size, ok', [((20, 10), True), ((10, 5), True), ((41, 20), True), ((10, 20), False), ((15, 10), False)])
+def test_check_compares_sizes_with_the_pictures(root, size, ok):
+    "Another scale is fine, other proportions are not; pictures that are not there are not missed."
+    Image = pytest.importorskip('PIL.Image')
+    s = Split(root, 'train')
+    sizes = np.array(s.sizes); sizes[1] = 40, 20
+    np.save(root/'train_img_sizes.npy', sizes)
+    boxes = np.array(s.boxes); boxes[1] = [0, 0, 9, 9]
+    np.save(root/'train_boxes.npy', boxes)
+    (root/'pictures').mkdir(exist_ok=True)
+    Image.new('RGB', size).save(root/'pictures'/f'{s.ids[1]}.png')
+    report = check(root)
+    assert report.ok == ok
+    if ok: assert report.table['train']['sizes fit'] == '1 pictures'
+    else: one_line(report.problems[0], rf'train_img_sizes.npy: row 1 \(image {s.ids[1]}\): 40 x 20, but its picture is {size[0]} x {size[1]}; the proportions of 1 of 1 pictures differ')
 
 
 def test_check_in_pieces(root, monkeypatch):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from imtm_lite.cli import commit, dev_curves
-from imtm_lite.data import Split, caption_chunks, image_chunks, write_world
+from imtm_lite.data import Split, image_chunks, write_world
 from imtm_lite.models.ssamt import blame_accuracy
 from imtm_lite.recall import evaluate
 from imtm_lite.scenes import INVERSE, WORDINGS
@@ -54,7 +54,7 @@ def recall_corrupted(matcher, split: Split, rate: float, seed: int):
     "Recall when that share of the test pictures' triples is replaced."
     generator = torch.Generator().manual_seed(seed)
     wrong = (corrupt_triples(r, rate=rate, predicates=len(split.predicates), generator=generator) for r in image_chunks(split))
-    captions = encode(matcher.encode_captions, caption_chunks(split, matcher.vocab))
+    captions = encode(matcher.encode_captions, [split.encoded(matcher.vocab)[:]])
     return evaluate(score(matcher, encode(matcher.encode_images, wrong), captions), torch.from_numpy(split.caption_image))
 
 
