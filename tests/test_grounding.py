@@ -100,7 +100,7 @@ def test_blame_counts_the_phrases_that_the_model_looks_at(sample, units):
     matcher = matcher_of(sample, SSAMT, units=units)
     matcher.vocab.parser, right = chunk, {}
     for p in sample.probes:
-        with torch.no_grad(): false, true = (matcher.phrase_agreement(matcher.encode_images(sample.regions([p['image']])), t)[0, 0].masked_fill(~t.exists[0], 9).tolist()
+        with torch.no_grad(): false, true = (matcher.phrase_agreement(matcher.encode_images(sample.regions([p['image']])), t)[0].masked_fill(~t.exists[0], 9).tolist()
                                              for t in (matcher.encode_captions(Captions.from_text([p[k]], matcher.vocab)) for k in ('false', 'true')))
         keys, known = chunk(p['false']).keys, chunk(p['true']).keys
         looked = [u for u, a in enumerate(false) if a < 9]

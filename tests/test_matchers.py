@@ -183,7 +183,7 @@ def ssamt_pair_plain(ssamt, regions, captions):
     v = [F.normalize(ssamt.regions.linear(f), dim=0) + ssamt.place(p) for f, p in zip(regions.features[0], torch.cat([boxes, area], 1))]
     R = len(v)
     x = [F.normalize(z, dim=0) for z in (*v, sum(v) / R)]
-    for block in ssamt.image_blocks: x = look(block, x, [set(range(R))] * R + [set(range(R + 1))])
+    for block in ssamt.image_tower.blocks: x = look(block, x, [set(range(R))] * R + [set(range(R + 1))])
     v, g = torch.stack(x[:R]), x[R]
     t = list(ssamt.words(captions)[0])
     T, wanted = len(t), {'both': (0, 1), 'entities': (0,), 'triples': (1,)}[ssamt.config['units']]
@@ -197,7 +197,7 @@ def ssamt_pair_plain(ssamt, regions, captions):
         for q, (other, w) in enumerate(units):
             if kind == 0 and other == 1 and u <= w: looks[T + p].add(T + q); looks[T + q].add(T + p)
     if not ssamt.config['structure']: looks = [set(range(n + 1))] * (n + 1)
-    for block in ssamt.text_blocks: x = look(block, x, looks)
+    for block in ssamt.text_tower.blocks: x = look(block, x, looks)
     t, s = torch.stack(x[:T]), x[-1]
     phrases = [F.cosine_similarity(u, (ssamt.temperature * v @ u).softmax(0) @ v, dim=0) for u in x[T:-1]]
     scaled = F.leaky_relu(t @ v.T, .1)
@@ -211,15 +211,16 @@ def test_ssamt_equals_its_plain_form_on_ragged_input(arguments):
     torch.manual_seed(0)
     ssamt, (regions, captions) = make('ssamt', arguments, torch.float64), ragged(torch.float64)
     images, sentences = ssamt.encode_images(regions), ssamt.encode_captions(captions)
-    scores, agreed = ssamt.match(images, sentences), ssamt.phrase_agreement(images, sentences)
+    scores = ssamt.match(images, sentences)
     for b in range(len(regions)):
+        agreed = ssamt.phrase_agreement(images[[b] * len(sentences)], sentences)   # (C, P)
         R = int(regions.mask[b].sum())
         one = Regions(features=regions.features[b:b + 1, :R], boxes=regions.boxes[b:b + 1, :R])
         for c, n in enumerate(captions.lengths.tolist()):
             said = Captions(tokens=captions.tokens[c:c + 1, :n], lengths=captions.lengths[c:c + 1], units=captions.units[c:c + 1, :, :n], kinds=captions.kinds[c:c + 1])
             score, phrases = ssamt_pair_plain(ssamt, one, said)
             torch.testing.assert_close(scores[b, c], score, atol=1e-10, rtol=0)
-            if phrases: torch.testing.assert_close(agreed[b, c, sentences.exists[c]], torch.stack(phrases), atol=1e-10, rtol=0)
+            if phrases: torch.testing.assert_close(agreed[c, sentences.exists[c]], torch.stack(phrases), atol=1e-10, rtol=0)
 
 
 def test_ssamt_loss_reaches_every_parameter_and_needs_labels():
@@ -244,7 +245,7 @@ def test_ssamt_penalty_is_that_of_all_pairs_written_out():
     named = [[int(x) for x in torch.randint(0, 20, (4,))] for _ in range(6)]
     ssamt.labels = PhraseLabels([TextGraph(('a',), tuple(Entity(0, 1, str(x)) for x in n)) for n in named], image)
     images, sentences = ssamt.encode_images(regions), ssamt.encode_captions(captions)
-    scores, agreed, want = ssamt.match(images, sentences), ssamt.phrase_agreement(images, sentences), 0.
+    scores, agreed, want = ssamt.match(images, sentences), torch.stack([ssamt.phrase_agreement(images[[b] * 6], sentences) for b in range(6)]), 0.
     said = lambda b: {x for c in range(6) if image[c] == image[b] for x in named[c]}
     others = lambda k: [j for j in range(6) if image[j] != image[k]]
     pairs = [(k, max(others(k), key=lambda c: float(scores[k, c]))) for k in range(6)] + [(max(others(k), key=lambda b: float(scores[b, k])), k) for k in range(6)]
