@@ -16,6 +16,7 @@ from imtm_lite.cli import commit, dev_curves
 from imtm_lite.data import Split, image_chunks, write_world
 from imtm_lite.models.ssamt import blame_accuracy
 from imtm_lite.recall import evaluate
+from imtm_lite.results import write_json
 from imtm_lite.scenes import INVERSE, WORDINGS
 from imtm_lite.scoring import encode, score
 from imtm_lite.semantic import corrupt_triples
@@ -64,7 +65,7 @@ def keep(path: Path, name: str, row: dict, **about):
         fcntl.flock(lock, fcntl.LOCK_EX)
         record = json.loads(path.read_text()) if path.is_file() else dict(about, rows={})
         record['rows'][name] = row
-        path.write_text(json.dumps(record, indent=1))
+        write_json(path, record)
 
 
 if __name__ == '__main__':
