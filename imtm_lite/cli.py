@@ -27,7 +27,7 @@ from .recall import PROTOCOLS, Recall, check_protocol, evaluate
 from .results import write_json
 from .scenes import Noise
 from .semantic import RelationPrior, write_triples
-from .train import CheckpointError, Log, SettingError, check_fits, load, probe_accuracy, recipe, split_scores, train_recipe
+from .train import CheckpointError, Log, Processes, SettingError, check_fits, load, probe_accuracy, recipe, split_scores, train_recipe
 
 # %% ../nbs/24_cli.ipynb #cli-06
 app = typer.Typer(help='Image-text matching, step by step. Start with: imtm doctor, imtm demo.', no_args_is_help=True,
@@ -253,12 +253,16 @@ def eval_(run: Path = typer.Argument(help='folder of a run, or a checkpoint'), d
           device: str = typer.Option('auto', help='auto, cpu or cuda'), json_: Path = typer.Option(None, '--json', help='write the figures here too')):
     """Recall@K of a trained model, and its probes where the data has them.
 
-    Example: imtm eval runs/camp --data data/world --split test
+    Examples: imtm eval runs/camp --data data/world --split test
+
+    The pictures shared out among two GPUs, or two cores: torchrun --nproc_per_node 2 -m imtm_lite.cli eval runs/camp --data data/f30k_precomp
     """
     if device == 'cuda' and not torch.cuda.is_available(): raise SettingError('--device cuda: there is no GPU here; leave it at auto')
-    matcher = load(run, 'cpu' if device == 'cpu' or not torch.cuda.is_available() else 'cuda')
-    part = Split(data, split)
+    group = Processes.launched(device)
+    matcher, part = load(run, group.device), Split(data, split)
+    matcher.processes = group
     result = figures(matcher, part, protocol, memory and int(memory * 2**30))
+    if not group.main: return                                               # one speaks for all
     show_figures({matcher.card['model']: result}, f'{part.root.name} {split}: {part.n_images} pictures, {len(part.captions)} captions, protocol {protocol}, '
                  f"seed {matcher.card['settings']['seed']}, imtm_lite {commit()}")
     if json_: write_json(json_, dict(result, model=matcher.card['model'], data=part.root.name, split=split, protocol=protocol,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from safetensors import SafetensorError, safe_open
@@ -204,6 +204,12 @@ class Processes:
     "The processes that share every batch, and which of them this is."
     def __init__(self, rank: int = 0, count: int = 1, device='cpu'): # device: where messages travel from
         self.rank, self.count, self.device, self.main = rank, count, device, rank == 0
+
+    @classmethod
+    def launched(cls, device: str = 'auto') -> 'Processes': # or cpu
+        "Those that torchrun or accelerate has launched; one, where nobody did."
+        state = PartialState(cpu=device == 'cpu' or not torch.cuda.is_available())
+        return cls(state.process_index, state.num_processes, state.device)
 
     def sizes(self, n: int) -> list[int]: return [n // self.count + (r < n % self.count) for r in range(self.count)] # of n items, each one's
 

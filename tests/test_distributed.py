@@ -1,5 +1,5 @@
 "Several processes that share a batch train the model that one process trains: losses, gradients, logs, kills."
-import multiprocessing, os, signal, socket, subprocess, sys, time, traceback
+import json, multiprocessing, os, signal, socket, subprocess, sys, time, traceback
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from imtm_lite.encoders import Codes
 from imtm_lite.losses import HardestBCE, Triplet
 from imtm_lite.phrases import Entity, PhraseLabels, TextGraph
 from imtm_lite.text import Vocab
-from imtm_lite.train import MODELS, Log, Processes, read_checkpoint, split_scores, train
+from imtm_lite.train import MODELS, Log, Processes, read_checkpoint, split_recall, split_scores, train
 from tests.test_matchers import make, ragged
 
 RUN = dict(arguments=dict(width=16, word_width=8), epochs=2, size=7, lr=5e-4, per_image=1, min_freq=2, decay_at=(1,), soft_epochs=1, device='cpu', progress=False, save_every=5)
@@ -218,6 +218,10 @@ def test_torchrun_trains_all_stages_and_the_scores_of_a_split_are_shared_out(wor
     assert matcher.card['start'] and (tmp_path / 'two/stage1/best.safetensors').exists()
     together(5, dev_scores, world, tmp_path / 'two', tmp_path / 'scores.pt', folder=tmp_path)
     torch.testing.assert_close(torch.load(tmp_path / 'scores.pt'), split_scores(matcher, dev, matcher.vocab), rtol=0, atol=1e-6)
+    line = ['eval', tmp_path / 'two', '--data', world, '--split', 'dev', '--device', 'cpu', '--json', tmp_path / 'eval.json']
+    out = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '-m', 'imtm_lite.cli', *map(str, line)], capture_output=True, text=True, timeout=300)
+    assert out.returncode == 0 and out.stdout.count('protocol plain') == 1, out.stderr
+    assert json.loads((tmp_path / 'eval.json').read_text())['rsum'] == pytest.approx(split_recall(matcher, dev, matcher.vocab).rsum)
 
 
 def test_a_fault_in_one_process_ends_all_of_them(world, tmp_path):
