@@ -7,6 +7,7 @@ import pytest
 import torch
 from tests.test_matchers import make, ragged
 
+from benchmarks import memory
 from benchmarks.bench import PlainLoader
 from benchmarks.plain import PLAIN
 from imtm_lite.data import Split, batches, plan
@@ -57,3 +58,9 @@ def test_dry_run_of_the_gpu_benchmark(tmp_path):
     assert all(r['largest_difference'] < (1e-5 if r['form'] == 'float32' else .3) for r in record['rows'] if r['what'] == 'scoring')
     train = [r for r in record['rows'] if r['what'] == 'training']
     assert [r['model'] for r in train] == ['camp-stage1', 'camp'] * 2 and all(r['steps'] == 2 and r['projected_hours'] > 0 for r in train)
+
+
+def test_what_tiles_keep_is_what_a_step_needs(capsys):
+    memory.main('--batch 40 --width 32 --region-width 16 --keep 0 1'.split())
+    first, second = (int(line.split('peak ')[1].split(' MiB')[0].replace(',', '')) for line in capsys.readouterr().out.split('\n')[1:3])
+    assert 2 * first < second
