@@ -248,7 +248,7 @@ def test_ssamt_penalty_is_that_of_all_pairs_written_out():
     scores, agreed, want = ssamt.match(images, sentences), torch.stack([ssamt.phrase_agreement(images[[b] * 6], sentences) for b in range(6)]), 0.
     said = lambda b: {x for c in range(6) if image[c] == image[b] for x in named[c]}
     others = lambda k: [j for j in range(6) if image[j] != image[k]]
-    pairs = [(k, max(others(k), key=lambda c: float(scores[k, c]))) for k in range(6)] + [(max(others(k), key=lambda b: float(scores[b, k])), k) for k in range(6)]
+    pairs = [(k, max(others(k), key=lambda c: float(scores[k, c].detach()))) for k in range(6)] + [(max(others(k), key=lambda b: float(scores[b, k].detach())), k) for k in range(6)]
     for b, c in pairs:
         bad = [u for u in range(4) if sentences.exists[c, u] and named[c][u] not in said(b)]
         if bad: want += .7 * sum((.3 + agreed[b, c, u] - agreed[c, c, u]).clamp(min=0) for u in bad) / len(bad)
