@@ -177,7 +177,9 @@ START = '''**Assignment {lesson}**, {total:g} points. Install what it needs, onc
 
 `python -m pip install -r requirements.txt`
 
-Then open this notebook with `jupyter lab`, write your answers where it says YOUR CODE HERE, run it from top to bottom, and hand in this file. You may add cells. Cells with a question test the answer before them, and are put back as they are here when your work is checked; it is then checked with more tests than you see. The library in this folder ends before this lesson.
+Then open this notebook with `jupyter lab`, write your answers where it says YOUR CODE HERE, run it from top to bottom, and hand in this file. You may add cells. Cells with a question test the answer before them, and are put back as they are here when your work is checked; it is then checked with more tests than you see. The library in this folder ends before this lesson; "the exported version" is the library's own function, which you write or which is given.
+
+Are you stuck? A wrong answer costs its own questions and none after them: call the plain version, however slow, and go on. Questions in the prose are to think about and to discuss; only cells are scored.
 
 | question | points |
 |---|---|
@@ -194,6 +196,7 @@ def with_instructions(a: Assignment) -> Assignment:
         elif c.kind == 'answer' and c.name and c.name not in [d.name for d in cells]:
             told = '; '.join(worth[q.name] for q in a.questions if q.about == c.name)
             cells.append(Cell('prose', f'**Your answer: {c.name}** ({told}). Write what is missing where it says YOUR CODE HERE.', f'course-{c.name}'))
+        elif c.kind == 'answer' and not c.name: cells.append(Cell('prose', '**For yourself**, no points. To go on without it, delete the line that raises, and what needs the answer.', f'{c.id}-course'))
         cells.append(c)
     return Assignment(a.lesson, cells)
 
@@ -267,9 +270,10 @@ def write_library(folder: Path, lesson: str, nbs: Path):
 # %% ../nbs/23_course.ipynb #course-52
 CARRIED = ('data/sample', 'data/results', 'tests/camp_released') # what lessons open, by the path they call it
 
-def imported(text: str) -> set[str]: # first parts of the names of modules
-    "What a text of Python imports, anywhere in it."
-    nodes = list(ast.walk(ast.parse(text)))
+def imported(text: str, *, inner: bool = True) -> set[str]: # first parts of the names of modules; inner: those inside functions too
+    "What a text of Python imports."
+    tree = ast.parse(text)
+    nodes = list(ast.walk(tree)) if inner else tree.body
     return {a.name.split('.')[0] for n in nodes if isinstance(n, ast.Import) for a in n.names} | {n.module.split('.')[0] for n in nodes if isinstance(n, ast.ImportFrom) and n.module and not n.level}
 
 # %% ../nbs/23_course.ipynb #course-54
@@ -278,7 +282,7 @@ def requirements(folder: Path, a: Assignment) -> list[str]:
     config = ConfigParser(delimiters=['='], interpolation=None)
     config.read(ROOT/'settings.ini', encoding='utf-8')
     lesson = set().union(*(imported(c.text) for c in a.cells if c.kind != 'prose'))
-    library = set().union(*(imported(p.read_text(encoding='utf-8')) for p in folder.rglob('imtm_lite/**/*.py')))
+    library = set().union(*(imported(p.read_text(encoding='utf-8'), inner=False) for p in folder.rglob('imtm_lite/**/*.py')))
     if 'tokenizers' in lesson: lesson.add('transformers')               # which brings it along
     of = lambda kind, names: [r for r in config['DEFAULT'][kind].split() if re.match('[A-Za-z_]+', r)[0] in names]
     return [*of('requirements', lesson | library), *of('dev_requirements', lesson), 'jupyterlab']
@@ -355,7 +359,7 @@ def build(out: Path = typer.Option(..., help='folder to make, for the students')
             (part/a.lesson/f'{a.lesson}.ipynb').write_text(json.dumps(notebook(a, blank=blank), indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
         part.rename(folder)
     for a in chosen: say.print(f'{out/a.lesson}: {len(a.questions)} questions, {sum(q.points for q in a.questions):g} points', markup=False)
-    say.print('next: hand a folder out; score what comes back with: imtm course check FILE.ipynb', markup=False)
+    say.print('next: hand a folder out; score what comes back with: imtm course check FILE.ipynb', markup=False, soft_wrap=True)
 
 # %% ../nbs/23_course.ipynb #course-68
 @dataclass
