@@ -166,7 +166,7 @@ def check_names(a: Assignment, path: Path):
         wrong = ('is no name: small letters, digits and -' if c.name and not re.fullmatch('[a-z0-9-]+', c.name) else
                  'has no answer above it' if question and c.about not in answered else
                  'is there twice' if question and c.name in before else
-                 'needs a number of points above 0' if question and not 0 < c.points < 1e6 else
+                 'needs a number of points, 0 or more' if question and not 0 <= c.points < 1e6 else
                  'is an answer that no question tests' if answer and c.name and c.name not in asked else '')
         if wrong: raise SettingError(f'{path}, cell {c.id}: {c.name or "the question"} {wrong}')
         if answer: answered.add(c.name)
@@ -324,7 +324,7 @@ def read_points(path: Path) -> dict[str, float]:
     "A file of points."
     try: found = json.loads(Path(path).read_text(encoding='utf-8'))
     except (OSError, ValueError) as fault: raise DataError(path, f'cannot be read ({fault})', 'expected JSON such as {"median-rank": 2}') from None
-    if not isinstance(found, dict) or not all(isinstance(p, (int, float)) and p > 0 for p in found.values()):
+    if not isinstance(found, dict) or not all(isinstance(p, (int, float)) and p >= 0 for p in found.values()):
         raise DataError(path, 'holds no points', 'expected JSON such as {"median-rank": 2}')
     return found
 

@@ -188,7 +188,7 @@ def test_markers_of_questions_are_not_exported():
 FAULTS = {'a question about nothing': (('code', '#| question lonely 1\nassert True'), 'has no answer above it'),
           'an answer that nobody tests': (('code', '#| answer idle\n### BEGIN SOLUTION\nx = 1\n### END SOLUTION'), 'no question tests'),
           'a question twice': (('code', '#| question square\nassert True'), 'is there twice'),
-          'points that are none': (('code', '#| question other 0 square\nassert True'), 'needs a number of points'),
+          'points that are none': (('code', '#| question other -1 square\nassert True'), 'needs a number of points'),
           'points that are a word': (('code', '#| question other many square\nassert True'), 'many'),
           'a name that is none': (('code', '#| question Other! 1 square\nassert True'), 'is no name'),
           'no function to write': (('code', '#| answer idle\nx = 1'), 'no function'),
@@ -298,8 +298,9 @@ def test_numbers_of_lessons():
 
 
 def test_other_points(small, tmp_path):
-    (tmp_path / 'points.json').write_text('{"cube": 5}')
-    assert [q.points for q in read_lessons(small[0], tmp_path / 'points.json')[0].questions] == [2, 1, 5]
+    for content, want in (('{"cube": 5}', [2, 1, 5]), ('{"square": 0}', [0, 1, 1])):
+        (tmp_path / 'points.json').write_text(content)
+        assert [q.points for q in read_lessons(small[0], tmp_path / 'points.json')[0].questions] == want
     for content, said in (('{"cubes": 5}', 'no question cubes'), ('[1]', 'holds no points'), ('{"cube": -1}', 'holds no points'), ('{', 'cannot be read')):
         (tmp_path / 'points.json').write_text(content)
         with pytest.raises((SettingError, DataError), match=said): read_lessons(small[0], tmp_path / 'points.json')
