@@ -12,12 +12,12 @@ __all__ = ['FOLDS', 'FOLD_DEV', 'DATA', 'SAID', 'RATES', 'CANDIDATES', 'MEASURES
            'read_graphs', 'write_graphs', 'from_graphs', 'write_rows', 'write_lines', 'write_view', 'drawn', 'every',
            'training_view', 'relation_wordings', 'relation', 'probe_counts', 'percents', 'measure_recall',
            'measure_probes', 'measure_grounding', 'measure_size', 'corrupted', 'measure_tolerance', 'score_parts',
-           'measure_parts', 'measure_blame', 'mean_vectors', 'measure_first_look', 'percent', 'measure_spans',
-           'heads_only', 'itself', 'measure_labels', 'label_errors', 'measure_agreement', 'camp_released', 'systems',
-           'camp_rows', 'stage_folders', 'log_of', 'dev_curve', 'last_health', 'time_used', 'watched', 'say_at_once',
-           'run_folder', 'claim_of', 'trained', 'run_row', 'default_results', 'command_of', 'shared', 'keep', 'state',
-           'claimed', 'find_experiment', 'find_rows', 'place_of', 'check_ready', 'check_files', 'run_experiment',
-           'run_if_free', 'listing', 'list_rows', 'show_table']
+           'measure_parts', 'measure_blame', 'mean_vectors', 'measure_first_look', 'percent', 'parser_of',
+           'measure_spans', 'heads_only', 'itself', 'measure_labels', 'label_errors', 'measure_agreement', 'triples_of',
+           'camp_released', 'systems', 'camp_rows', 'by_rate', 'stage_folders', 'log_of', 'dev_curve', 'last_health',
+           'time_used', 'watched', 'say_at_once', 'run_folder', 'claim_of', 'trained', 'run_row', 'default_results',
+           'command_of', 'shared', 'keep', 'state', 'claimed', 'find_experiment', 'find_rows', 'place_of',
+           'check_ready', 'check_files', 'run_experiment', 'run_if_free', 'listing', 'list_rows', 'show_table']
 
 # %% ../nbs/24_experiments.ipynb #experiments-03
 import copy, hashlib, json, random, shutil, tempfile, threading, time
@@ -33,8 +33,7 @@ from torch import Tensor
 
 import imtm_lite
 from . import __version__
-from .data import (FILES, REQUIRED, DataError, JsonLines, Split, image_chunks, need,
-                            path_of, write_world)
+from .data import FILES, DataError, Split, image_chunks, need, path_of, write_world
 from .encoders import Codes, Matcher, masked_mean
 from .explore import FirstLook, candidate_recall, ground
 from .models.ssamt import SSAMT, blame_accuracy
@@ -45,7 +44,7 @@ from .scenes import INVERSE, WORDINGS
 from .scoring import encode, score
 from .semantic import corrupt_triples, write_triples
 from .text import Captions
-from .train import (MODELS, CheckpointError, Log, SettingError, arguments_for, build,
+from .train import (CheckpointError, Log, SettingError, arguments_for, build,
                              check_arguments, load, probe_answers, split_recall, train)
 
 # %% ../nbs/24_experiments.ipynb #experiments-06
@@ -96,7 +95,7 @@ def stages_of(experiment: Experiment, row: Row) -> list[dict]:
 
 def fingerprint(experiment: Experiment, row: Row) -> str: # 8 hexadecimal digits
     "Changes with everything declared that changes the training."
-    data = experiment.data.removeprefix('next ')                   # where it is measured changes no training
+    data = experiment.data.removeprefix('next ') # where it is measured changes no training
     what = dict(data=data, sizes=experiment.sizes, dev=experiment.dev, part=row.part)
     what['stages'] = stages_of(experiment, row) if experiment.passes else row.system
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
@@ -104,10 +103,11 @@ def fingerprint(experiment: Experiment, row: Row) -> str: # 8 hexadecimal digits
 # %% ../nbs/24_experiments.ipynb #experiments-10
 @contextmanager
 def locked(path: Path,         # a file, made if it is not there
-           wait: bool = True): # False: give up when another process holds it. Yields whether it is ours
-    "Hold the lock of a file; it ends with the block, or with the process."
+           wait: bool = True): # False: give up when another process holds it
+    "Hold the lock of a file and yield True; it ends with the block, or with the process."
     try: import fcntl
-    except ImportError: raise SettingError('experiments need the file locks of Linux or macOS') from None
+    except ImportError:
+        raise SettingError('experiments need the file locks of Linux or macOS') from None
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'a') as file:
         ours = True
@@ -157,16 +157,18 @@ FOLDS, FOLD_DEV = 5, 100 # folds; pictures that choose the pass
 
 def read_graphs(path: Path) -> list[dict]:
     "Lines of the form of f30k_graphs/val.jsonl."
+    wanted = 'expected a file of JSON lines'
     try: return [json.loads(line) for line in open(path, encoding='utf-8')]
     except (OSError, ValueError) as fault:
-        raise DataError(path, f'cannot be read ({fault})', 'expected a file of JSON lines') from None
+        raise DataError(path, f'cannot be read ({fault})', wanted) from None
 
 def write_graphs(folder: Path, name: str, lines: list[dict], classes: list[str],
                  predicates: list[str]) -> None:
     "Some pictures in the layout: a region is its label, one-hot, its box and the box's area."
     boxes = np.array([line['boxes'] for line in lines], np.float32)             # (N, R, 4)
     sizes = np.ceil(boxes.reshape(len(lines), -1, 2).max(1))                    # (N, 2)
-    labels = np.array([[classes.index(x) for x in line['labels']] for line in lines])
+    number = {label: i for i, label in enumerate(classes)}
+    labels = np.array([list(map(number.get, line['labels'])) for line in lines]) # (N, R)
     box = boxes / np.tile(sizes, 2)[:, None]
     area = np.prod(box[..., 2:] - box[..., :2], -1, keepdims=True)              # (N, R, 1)
     features = np.concatenate([np.eye(len(classes))[labels], box, area], -1)
@@ -177,7 +179,9 @@ def write_graphs(folder: Path, name: str, lines: list[dict], classes: list[str],
     captions = [c['text'].strip() for line in lines for c in line['captions']]
     for key, text in (('ids', ids), ('captions', captions)):
         path_of(folder, name, key).write_text('\n'.join(text) + '\n', encoding='utf-8')
-    triples = [[[s, predicates.index(p), o, 1.] for s, p, o in line['triples']] for line in lines]
+    triples = []
+    for line in lines:
+        triples.append([[s, predicates.index(p), o, 1.] for s, p, o in line['triples']])
     write_triples(path_of(folder, name, 'triples'), triples)
 
 def from_graphs(experiment: Experiment, seed: int, place: Place) -> tuple[Path, Path]:
@@ -197,8 +201,9 @@ def from_graphs(experiment: Experiment, seed: int, place: Place) -> tuple[Path, 
         part.rename(root)
     return root, root
 
-DATA = {'world': from_world, 'next world': from_next_world, 'folder': from_user,
-        'file': from_user, 'graphs': from_graphs} # (experiment, seed, place) -> trained on, measured on
+DATA = { # (experiment, seed, place) -> trained on, measured on
+    'world': from_world, 'next world': from_next_world, 'folder': from_user, 'file': from_user,
+    'graphs': from_graphs}
 
 # %% ../nbs/24_experiments.ipynb #experiments-15
 def write_rows(split: Split, rows: np.ndarray, folder: Path) -> None: # rows: (N,) of images
@@ -214,7 +219,7 @@ def write_rows(split: Split, rows: np.ndarray, folder: Path) -> None: # rows: (N
     for key in ('triples', 'phrases'):
         lines = getattr(split, key)
         if lines is not None: write_lines(at(key), [json.dumps(lines[row]) for row in rows])
-    own = [split.captions_of(row) for row in rows]                       # indices of each one's captions
+    own = [split.captions_of(row) for row in rows] # indices of each one's captions
     write_lines(at('captions'), [split.captions[c] for some in own for c in some])
     write_lines(at('ids'), [split.ids[row] for row in rows])
     np.save(at('caption_image'), np.repeat(np.arange(len(rows)), [len(some) for some in own]))
@@ -344,7 +349,7 @@ def measure_tolerance(matcher: Matcher, split: Split, seed: int) -> dict:
 def score_parts(matcher: Matcher, images: Codes, captions: Codes) -> dict[str, Tensor]: # (N,) each
     "The parts of the scores of aligned pairs, by name; empty for a matcher without parts."
     if hasattr(matcher, 'parts'): return matcher.parts(images, captions)
-    if not isinstance(matcher, SSAMT): return {}
+    if not hasattr(matcher, 'phrase_agreement'): return {}
     whole = (images.vector * captions.vector).sum(-1)
     agreed = matcher.phrase_agreement(images, captions)                      # (N, P)
     parts = {'global': whole, 'phrase': masked_mean(agreed[..., None], captions.exists)[:, 0]}
@@ -354,7 +359,7 @@ def score_parts(matcher: Matcher, images: Codes, captions: Codes) -> dict[str, T
 
 @torch.no_grad()
 def measure_parts(matcher: Matcher, split: Split, seed: int, *, size: int = 32) -> dict:
-    "How often each part of the score prefers a caption's own picture to a random other one; percent."
+    "How often each part of the score prefers a caption's own picture to another one; percent."
     device = next(matcher.parameters()).device
     images = encode(matcher.encode_images, image_chunks(split), device=device)
     encoded, own = split.encoded(matcher.vocab), torch.from_numpy(split.caption_image)
@@ -366,8 +371,8 @@ def measure_parts(matcher: Matcher, split: Split, seed: int, *, size: int = 32) 
         true = score_parts(matcher, images[own[some].to(device)], captions)
         false = score_parts(matcher, images[other[some].to(device)], captions)
         for name in true: right.setdefault(name, []).append(true[name] > false[name])
-    return dict(parts={name: 100 * float(torch.cat(some).double().mean())
-                       for name, some in right.items()})
+    shares = {name: torch.cat(some).double().mean() for name, some in right.items()}
+    return dict(parts={name: 100 * float(share) for name, share in shares.items()})
 
 def measure_blame(matcher: Matcher, split: Split, seed: int) -> dict:
     "How often the phrase that fits least is a culprit, by kind of probe; for SSAMT."
@@ -399,10 +404,15 @@ def measure_first_look(matcher: Matcher, split: Split, seed: int) -> dict:
 # %% ../nbs/24_experiments.ipynb #experiments-29
 def percent(n: int, of: int) -> float: return 100 * n / max(1, of)
 
+def parser_of(name: str, split: Split | None = None): # sentence -> TextGraph
+    "`named_parser`, whose faults a person can mend."
+    try: return named_parser(name, split)
+    except (ValueError, ImportError) as fault: raise SettingError(str(fault)) from None
+
 def measure_spans(parser: str, split: Split, seed: int) -> dict:
     "Entities of the first 1,000 captions against people's spans, and milliseconds a caption."
     if parser == 'gold': return {}
-    parse, said = named_parser(parser), []
+    parse, said = parser_of(parser), []
     for row in range(split.n_images):
         marked = split.phrases[row]['phrases']
         said += [(split.captions[c], spans) for c, spans in zip(split.captions_of(row), marked)]
@@ -425,7 +435,7 @@ def itself(key: tuple) -> list: return [key]
 def measure_labels(parser: str, split: Split, seed: int) -> dict:
     "Errors of phrase labels by rule: held out and called mismatched; a stranger's, called matched."
     same = synonyms(Split(split.root, 'train'))
-    parse = named_parser(parser, split)
+    parse = parser_of(parser, split)
     said = [parse(caption).keys for caption in split.captions]
     rules = {'equal keys': (lambda key: key, itself),
              'our rule': (lambda key: key, implied),
@@ -437,7 +447,9 @@ def measure_labels(parser: str, split: Split, seed: int) -> dict:
 def label_errors(split: Split, said: list, form: Callable, follows: Callable) -> dict[str, float]:
     "Percent of entities and of triples that are labelled wrongly, two ways."
     true = []
-    for keys in said: true.append({form(x) for key in keys for x in follows(key)})
+    for keys in said:
+        implied_too = [x for key in keys for x in follows(key)]
+        true.append(set(map(form, implied_too)))
     errors = {(way, kind): [0, 0] for way in ('mismatched', 'matched') for kind in (2, 3)}
     rng = random.Random(0)
     for row in range(split.n_images):
@@ -447,8 +459,9 @@ def label_errors(split: Split, said: list, form: Callable, follows: Callable) ->
         for c in mine:
             rest = set().union(*(true[x] for x in mine if x != c))
             for key in said[c]:
-                for way, wrong in (('mismatched', form(key) not in rest), ('matched', form(key) in stranger)):
-                    errors[way, len(key)][0] += wrong
+                wrong = dict(mismatched=form(key) not in rest, matched=form(key) in stranger)
+                for way in wrong:
+                    errors[way, len(key)][0] += wrong[way]
                     errors[way, len(key)][1] += 1
     kinds = {2: 'entities', 3: 'triples'}
     return {f'{way} {kinds[kind]}': percent(*count) for (way, kind), count in errors.items()}
@@ -456,23 +469,28 @@ def label_errors(split: Split, said: list, form: Callable, follows: Callable) ->
 # %% ../nbs/24_experiments.ipynb #experiments-30
 def measure_agreement(parser: str, path: Path, seed: int) -> dict:
     "Triples, their heads, and a picture's entities against another parser's; percent, both ways."
-    parse = named_parser(parser)
-    counts = {name: [0, 0, 0] for name in ('triples', 'heads of triples', 'entities')} # both, its, ours
+    parse = parser_of(parser)
+    names = 'triples', 'heads of triples', 'entities'
+    counts = {name: [0, 0, 0] for name in names} # both, its, ours
     def add(name, ours, its):
         for i, some in enumerate((ours & its, its, ours)): counts[name][i] += len(some)
     for line in read_graphs(path):
-        picture = [set(), set()]                                                # heads of entities: ours, its
+        picture = [set(), set()] # heads of entities: ours, its
         for caption in line['captions']:
             text = caption['text']
             ours, its = parse(text), graph_from_triples(text, caption['triples'])
-            triples = [{key for key in graph.keys if len(key) == 3} for graph in (ours, its)]
+            triples = triples_of(ours), triples_of(its)
             add('triples', *triples)
-            add('heads of triples', *({heads_only(key) for key in keys} for keys in triples))
+            add('heads of triples', *(set(map(heads_only, keys)) for keys in triples))
             for heads, graph in zip(picture, (ours, its)):
                 heads |= {key[0] for key in graph.keys if len(key) == 2}
         add('entities', *picture)
-    return dict(agreement={name: dict(its_in_ours=percent(both, its), ours_in_its=percent(both, ours))
-                           for name, (both, its, ours) in counts.items()})
+    found = {}
+    for name, (both, its, ours) in counts.items():
+        found[name] = dict(its_in_ours=percent(both, its), ours_in_its=percent(both, ours))
+    return dict(agreement=found)
+
+def triples_of(graph) -> set[tuple]: return {key for key in graph.keys if len(key) == 3}
 
 MEASURES = dict(recall=measure_recall, probes=measure_probes, grounding=measure_grounding,
                 size=measure_size, tolerance=measure_tolerance, parts=measure_parts,
@@ -497,8 +515,8 @@ SHORT = (('rSum', 'rsum', 1), ('i2t R@1', 'i2t/0', 1), ('t2i R@1', 't2i/0', 1))
 POINTED = (('pointing', 'grounding/pointing', 1),)
 
 # %% ../nbs/24_experiments.ipynb #experiments-32-b
-# CAMP's second stage wants more of its passes than its first; together they have as many as the others.
 def camp_released(passes: int, size: int) -> tuple[dict, dict]: # settings of two stages
+    "The release's warm start: half the passes for attention alone, half for gates and scores."
     first = passes // 2
     return (dict(model='camp-stage1', epochs=first, soft_epochs=2, decay_at=(first - 1,)),
             dict(model='camp', epochs=passes - first, criterion='bce', size=size, lr=1e-3,
@@ -576,9 +594,10 @@ SSAMT_DATA = Experiment(
 PARTS = (('global', 'parts/global', 1), ('local', 'parts/local', 1), ('phrase', 'parts/phrase', 1))
 
 SSAMT_SCORES = Experiment(
-    'ssamt-scores', 'How often does each part of the score alone tell a true pair from a wrong one?',
+    'ssamt-scores', 'How often does each part of the score alone tell a true pair from another?',
     on='Flickr8k dev', data='folder', split='dev', passes=12, dev=.2,
-    arguments=REAL_SIZES, settings=REAL_BUDGET | TWO_SOFT, measures=('recall', 'parts', 'grounding'),
+    arguments=REAL_SIZES, settings=REAL_BUDGET | TWO_SOFT,
+    measures=('recall', 'parts', 'grounding'),
     columns=SHORT[:1] + PARTS + POINTED,
     rows=(
         Row('ssamt',               'ssamt'),
@@ -615,8 +634,10 @@ CMSEI_ABLATION = Experiment(
         Row('IoU graph',               'cmsei', dict(spatial='iou')),
         Row('polar graph',             'cmsei', dict(spatial='polar'))))
 
-TOLERANCE = tuple((f'rSum at {rate:g}', f'tolerance/{rate}/rsum', 1) for rate in RATES)
-TOLERANCE += tuple((f'chasing at {rate:g}', f'tolerance/{rate}/probes/chasing', 0) for rate in RATES)
+def by_rate(head: str, path: str, digits: int) -> tuple: # columns
+    return tuple((f'{head} at {rate:g}', f'tolerance/{rate}/{path}', digits) for rate in RATES)
+
+TOLERANCE = by_rate('rSum', 'rsum', 1) + by_rate('chasing', 'probes/chasing', 0)
 
 HIRE_TOLERANCE = Experiment(
     'hire-tolerance', 'What does a wrong scene graph cost, with and without implicit reasoning?',
@@ -632,7 +653,7 @@ HIRE_TOLERANCE = Experiment(
 
 # %% ../nbs/24_experiments.ipynb #experiments-32-f
 SYMBOLIC = Experiment(
-    'symbolic', 'Real scene graphs without pixels: Flickr30K labels, boxes and triples, five folds.',
+    'symbolic', 'Real scene graphs without pixels: labels, boxes and triples, in five folds.',
     on='Flickr30K graphs', data='graphs', split='test', passes=8, seeds=(0, 1, 2, 3, 4),
     arguments=SIZES, settings=FOLD_BUDGET,
     rows=(
@@ -646,13 +667,15 @@ FOUND = tuple((f'{first}: {n}', f'first_look/{first}/{n}', 1)
               for first in ('best regions', 'mean vectors') for n in CANDIDATES)
 
 FIRST_LOOK = Experiment(
-    'first-look', 'How many of the exact first ten does the first stage of search keep, of 2,000 pictures?',
-    on='another generated world', data='next world', split='train', passes=10, seeds=(0,), sizes=WORLD,
+    'first-look', 'Of the first ten of 2,000 pictures, how many does a first look keep?',
+    on='another generated world', data='next world', split='train', passes=10, seeds=(0,),
+    sizes=WORLD,
     arguments=SIZES, settings=WORLD_BUDGET, measures=('first_look',),
     columns=FOUND, rows=systems(passes=10, camp_size=32))
 
 SPANS = (('precision', 'spans/precision', 1), ('recall', 'spans/recall', 1),
-         ('without pronouns', 'spans/without_pronouns', 1), ('ms a caption', 'spans/milliseconds', 2))
+         ('without pronouns', 'spans/without_pronouns', 1),
+         ('ms a caption', 'spans/milliseconds', 2))
 RULES = ('equal keys', 'our rule', 'our rule, synonyms', 'heads only', 'heads only, synonyms')
 WRONG = tuple((f'{rule}: mismatched', f'labels/{rule}/mismatched triples', 1) for rule in RULES)
 
@@ -687,7 +710,9 @@ def stage_folders(run: Path, stages: int) -> list[Path]:
 
 def log_of(run: Path, stages: int) -> list[dict]:
     "The lines of all stages' logs, in order."
-    return [line for folder in stage_folders(run, stages) for line in Log(folder/'log.jsonl').lines()]
+    lines = []
+    for folder in stage_folders(run, stages): lines += Log(folder/'log.jsonl').lines()
+    return lines
 
 def dev_curve(run: Path, stages: int) -> list[float]:
     "Dev rSum after each pass."
@@ -715,8 +740,8 @@ def watched(run: Path, stages: int, tell: Callable[[str], None] | None):
         seconds = before + time.process_time() - begun
         write_json(run/'seconds.json', dict(seconds=round(seconds, 1), finished=finished))
         curve = dev_curve(run, stages)
-        for k in range(told, len(curve)):
-            if tell: tell(f'pass {k + 1}, dev rSum {curve[k]:.1f}, {seconds:.0f} s of processor time')
+        for k in range(told, len(curve) if tell else told):
+            tell(f'pass {k + 1}, dev rSum {curve[k]:.1f}, {seconds:.0f} s of processor time')
         told = max(told, len(curve))
     def look():
         while not stop.wait(1): note(False)
@@ -782,14 +807,14 @@ def run_row(experiment: Experiment, row: Row, seed: int, place: Place, *,
 
 # %% ../nbs/24_experiments.ipynb #experiments-39
 def default_results() -> Path | None:
-    "data/results of the checkout that this library runs from; None where it was installed without one."
+    "data/results of the checkout that this library runs from; None where there is none."
     folder = Path(imtm_lite.__file__).parent.parent/'data'/'results'
     return folder if folder.is_dir() else None
 
 def command_of(experiment: Experiment) -> str:
     needs = {'folder': ' --data DIR', 'file': ' --data FILE', 'graphs': ' --data FILE'}
-    name = experiment.name
-    if name not in EXPERIMENTS: name = f'{name.removesuffix("-" + experiment.split)} --split {experiment.split}'
+    name, split = experiment.name, experiment.split
+    if name not in EXPERIMENTS: name = f'{name.removesuffix(f"-{split}")} --split {split}'
     return f'imtm experiment {name}{needs.get(experiment.data, "")}'
 
 def shared(experiment: Experiment) -> dict:
@@ -810,7 +835,8 @@ def keep(experiment: Experiment, made: dict, place: Place) -> None:
     order = [row.name for row in experiment.rows]
     with locked(Path(tempfile.gettempdir())/f'imtm-{known}.lock'):
         old = read_experiment(place.results, experiment.name) or dict(rows=[])
-        rows = [row for row in old['rows'] if (row['name'], row['seed']) != (made['name'], made['seed'])]
+        same = made['name'], made['seed']
+        rows = [row for row in old['rows'] if (row['name'], row['seed']) != same]
         rows = [row for row in rows if row['name'] in order] + [made]
         rows.sort(key=lambda row: (order.index(row['name']), row['seed']))
         place.results.mkdir(parents=True, exist_ok=True)
@@ -830,7 +856,7 @@ def state(experiment: Experiment, row: Row, seed: int, place: Place) -> str:
 
 @contextmanager
 def claimed(run: Path, tries: int = 5):
-    "Be the only process that works at a run; yields whether we are. Somebody may only be looking, so we try again."
+    "Be the only process that works at a run; yields whether we are. Who only looks lets go soon."
     for k in range(tries):
         with locked(claim_of(run), wait=False) as ours:
             if ours or k == tries - 1:
@@ -853,7 +879,8 @@ def find_rows(experiment: Experiment, names: list[str] | None) -> list[Row]:
     known = [row.name for row in experiment.rows]
     for name in names or ():
         if name not in known:
-            raise SettingError(f'{experiment.name} has no row {name!r}: choose some of {", ".join(known)}')
+            choice = ', '.join(known)
+            raise SettingError(f'{experiment.name} has no row {name!r}: choose some of {choice}')
     return [row for row in experiment.rows if names is None or row.name in names]
 
 def place_of(experiment: Experiment, out, results, data) -> Place:
@@ -867,10 +894,11 @@ def check_ready(experiment: Experiment, rows: list[Row], seeds, place: Place) ->
         if experiment.data == 'graphs' and seed >= FOLDS:
             raise SettingError(f'{experiment.name}: a seed is a fold, 0 to {FOLDS - 1}, not {seed}')
     if 'world' in experiment.data: return
-    if place.data is None: raise SettingError(f'{experiment.name} needs data: {command_of(experiment)}')
+    if place.data is None:
+        raise SettingError(f'{experiment.name} needs data: {command_of(experiment)}')
     if experiment.data != 'folder':
-        if not place.data.is_file():
-            raise DataError(place.data, 'there is no such file', 'expected one like f30k_graphs/val.jsonl')
+        wanted = 'expected one like f30k_graphs/val.jsonl'
+        if not place.data.is_file(): raise DataError(place.data, 'there is no such file', wanted)
         return
     split = Split(place.data, experiment.split)
     if experiment.passes:
@@ -880,8 +908,8 @@ def check_ready(experiment: Experiment, rows: list[Row], seeds, place: Place) ->
     record = read_experiment(place.results, experiment.name) or dict(rows=[])
     for made in record['rows']:
         if made['data'] != split.fingerprint():
-            raise SettingError(f'{place.results}/{experiment.name}.json: has figures of other data than '
-                               f'{split.path("features")}; keep them apart with --results')
+            raise SettingError(f'{place.results}/{experiment.name}.json: has figures of other data '
+                               f'than {split.path("features")}; keep them apart with --results')
 
 def check_files(experiment: Experiment, row: Row, split: Split) -> None:
     "Every file that the system of a row needs; a row that cannot be built is left to `run_row`."
@@ -890,13 +918,14 @@ def check_files(experiment: Experiment, row: Row, split: Split) -> None:
     try: matcher = build(row.system, arguments_for(row.system, small) | row.arguments)
     except SettingError: return
     for name in ('train', 'dev', split.name):
-        for key in matcher.needs: need(Split(split.root, name), key, f'{experiment.name}, {row.name}')
+        part = Split(split.root, name)
+        for key in matcher.needs: need(part, key, f'{experiment.name}, {row.name}')
 
 # %% ../nbs/24_experiments.ipynb #experiments-44
 def run_experiment(name: str,               # in EXPERIMENTS
                    *, rows: list[str] | None = None,  # names; None: all
                    seeds=None,              # None: those of the experiment
-                   data: str | Path | None = None,    # folder or file, where the experiment needs one
+                   data: str | Path | None = None,    # folder or file, where one is needed
                    out: str | Path = 'runs/experiments', # worlds, views and runs
                    results: str | Path | None = None, # folder of the record; None: data/results
                    split: str | None = None,          # to measure on, instead of the experiment's
@@ -911,7 +940,7 @@ def run_experiment(name: str,               # in EXPERIMENTS
     failed = []
     for seed in seeds:
         for row in chosen:
-            say = lambda text, who=f'{row.name}, seed {seed}': tell(f'{experiment.name}, {who}: {text}')
+            def say(text, who=f'{experiment.name}, {row.name}, seed {seed}'): tell(f'{who}: {text}')
             try:
                 run_if_free(experiment, row, seed, place, say, progress=progress, library=library,
                             device=device, memory=memory)
@@ -938,8 +967,9 @@ def listing() -> str:
     lines = []
     for experiment in EXPERIMENTS.values():
         runs = len(experiment.rows) * len(experiment.seeds)
-        lines += [f'{command_of(experiment)}', f'    {experiment.about}',
-                  f'    {len(experiment.rows)} rows, {runs} runs, {experiment.passes} passes, on {experiment.on}']
+        lines += [command_of(experiment), f'    {experiment.about}']
+        passes = f'{experiment.passes} passes, ' if experiment.passes else 'no training, '
+        lines.append(f'    {len(experiment.rows)} rows, {runs} runs, {passes}{experiment.on}')
     return '\n'.join(lines)
 
 def list_rows(name: str, *, out='runs/experiments', results=None, data=None, rows=None, seeds=None,
@@ -950,7 +980,9 @@ def list_rows(name: str, *, out='runs/experiments', results=None, data=None, row
     if data is None and 'world' not in experiment.data:
         lines.append('(without --data, rows that are running or begun are called to do)')
     for row in find_rows(experiment, rows):
-        states = [f'{seed} {state(experiment, row, seed, place)}' for seed in seeds or experiment.seeds]
+        states = []
+        for seed in seeds or experiment.seeds:
+            states.append(f'{seed} {state(experiment, row, seed, place)}')
         lines.append(f'{row.name:28} {", ".join(states)}')
     return '\n'.join(lines)
 
