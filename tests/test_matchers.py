@@ -18,9 +18,14 @@ from imtm_lite.text import Captions
 from imtm_lite.train import MODELS
 
 PREDICATES = 4
+CAMPS = (dict(gate='scalar'), dict(gate='none'), dict(fusion='concat'), dict(fusion='product'), dict(fusion='none'),
+         dict(messages='mean'), dict(messages='none'), dict(messages='none', head='cosine'), dict(residual=False),
+         dict(pool='mean'), dict(head='cosine'), dict(codes='raw'), dict(start='uniform'), dict(form='released'),
+         dict(form='released', gate='elementwise'), dict(form='released', gate='none'), dict(form='released', fusion='sum'),
+         dict(form='released', residual=False), dict(form='released', pool='mean'), dict(form='released', start='similarity'),
+         dict(form='released', codes='unit'))
 VARIANTS = [(name, {}) for name in MODELS] + [('scan', dict(direction='i2t')), ('scan', dict(lse=6.)),
-            *(('camp', a) for a in (dict(gate='elementwise'), dict(gate='none'), dict(fusion='sum'), dict(residual=False), dict(pool='mean'),
-                                    dict(gate='elementwise', fusion='sum'))),
+            *(('camp', a) for a in CAMPS),
             *(('cmsei', a) for a in (dict(spatial='labels', layers=2), dict(spatial='iou', semantic=False), dict(spatial='none', threshold=.5), dict(reasoning='gated'),
                                      dict(object_word=False), dict(object_sentence=0.), dict(word_image=0.), dict(object_word=False, object_sentence=0., word_image=0.))),
             *(('ssamt', a) for a in (dict(units='entities'), dict(units='triples'), dict(structure=False), dict(local=False), dict(layers=2), dict(phrase_weight=0.))),
@@ -100,7 +105,7 @@ def test_regions_in_any_order(name, arguments):
 @each
 def test_gradients_are_finite_and_reach_every_parameter(name, arguments):
     matcher, (regions, captions) = make(name, arguments, torch.float64).train(), ragged(torch.float64, images=6, captions=6)
-    matcher.criterion = HardestBCE() if name == 'camp' else Triplet()
+    matcher.criterion = HardestBCE() if name == 'camp' and arguments.get('head') != 'cosine' else Triplet()
     scores = matcher.match(matcher.encode_images(regions), matcher.encode_captions(captions))
     matcher.criterion(scores, torch.eye(6, dtype=torch.bool)).backward()
     for n, p in matcher.named_parameters():
@@ -118,7 +123,7 @@ def test_score_stays_within_its_memory_budget(name, arguments):
     assert counter.peak <= 1.15 * budget + 4 * 40 * 60
 
 
-@pytest.mark.parametrize('file,matcher', [('gate_fusion_new', lambda **s: CAMP(**s)), ('gate_fusion_new_sum', lambda **s: CAMP(fusion='sum', **s)),
+@pytest.mark.parametrize('file,matcher', [('gate_fusion_new', lambda **s: CAMP(form='released', **s)), ('gate_fusion_new_sum', lambda **s: CAMP(form='released', fusion='sum', **s)),
                                           ('cross_attention_new', lambda **s: CAMPStage1(count_padding=True, **s))])
 def test_camp_equals_the_released_scores(file, matcher):
     arrays = {k: torch.from_numpy(v) for k, v in np.load(f'{__file__.rpartition("/")[0]}/camp_released/{file}.npz').items()}
@@ -133,30 +138,64 @@ def test_camp_equals_the_released_scores(file, matcher):
 def test_released_weights_of_another_model_are_refused():
     arrays = np.load(f'{__file__.rpartition("/")[0]}/camp_released/cross_attention_new.npz')
     weights = {k.removeprefix('weight.'): torch.from_numpy(v) for k, v in arrays.items() if k.startswith('weight.')}
-    with pytest.raises(ValueError, match='missing'): load_released(CAMP(region_width=32, words=5, width=32, word_width=4).double(), weights)
+    with pytest.raises(ValueError, match='missing'): load_released(CAMP(form='released', region_width=32, words=5, width=32, word_width=4).double(), weights)
 
 
-def camp_pair_plain(camp, v, t):
+def attend_plain(query, key, values):
+    "Scaled dot-product attention of one item's vectors over another's, none of them padding."
+    return (query @ key.T / math.sqrt(query.shape[-1])).softmax(-1) @ values
+
+
+def released_pair_plain(camp, v, t):
     "The released full model for one picture (R, D) and one sentence (T, D), every tensor written out."
-    def attend(q, k, values): return (q @ k.T / math.sqrt(q.shape[-1])).softmax(-1) @ values
-    unit = lambda x: x / (x.norm(dim=-1, keepdim=True) + 1e-8)
-    def side(x, y, x_side, y_side, fusion, pool):
-        m = attend(x_side.query(x), y_side.key(y), y)
-        m = unit(attend(y_side.message_query(m), y_side.message_key(m), m))
-        g = torch.sigmoid((x * m).sum(-1, keepdim=True))
-        fused = F.relu(fusion.linear(torch.cat((x, m), -1) * g)) + x
+    def unit(x): return x / (x.norm(dim=-1, keepdim=True) + 1e-8)
+    def side(x, y, own, other, fusion, pool):
+        first = attend_plain(own.query(x), other.key(y), y)
+        message = unit(attend_plain(other.message_query(first), other.message_key(first), first))
+        gate = torch.sigmoid((x * message).sum(-1, keepdim=True))
+        fused = F.relu(fusion.linear(torch.cat((x, message), -1) * gate)) + x
         heads = pool.logits(F.relu(pool.hidden(fused))).softmax(0)
         return unit((heads.T @ fused).mean(0))
-    a = side(v, t, camp.image_side, camp.word_side, camp.image_fusion, camp.image_pool)
-    b = side(t, v, camp.word_side, camp.image_side, camp.word_fusion, camp.word_pool)
-    return torch.sigmoid(camp.head(torch.cat((a, b))))[0]
+    regions, words = camp.messages.regions, camp.messages.words
+    a = side(v, t, regions, words, camp.image_fusion, camp.image_pool)
+    b = side(t, v, words, regions, camp.word_fusion, camp.word_pool)
+    return torch.sigmoid(camp.head.out(F.relu(camp.head.hidden(torch.cat((a, b))))))[0]
 
 
-def test_camp_equals_its_plain_form_on_ragged_input_with_gradients():
-    camp, (regions, captions) = make('camp', {}, torch.float64), ragged(torch.float64)
+def paper_pair_plain(camp, v, t, gate='elementwise', fusion='sum', residual=True, messages='one-level', pool='vector', head='mlp', codes='unit', start=''):
+    "The paper's model (eq. 1 to 12) and its ablations for one picture (R, D) and one sentence (T, D), position by position."
+    def pooled(x, weight):
+        a = (x @ weight / math.sqrt(x.shape[-1])).softmax(0) if pool == 'vector' else torch.full((len(x),), 1 / len(x), dtype=x.dtype)
+        return sum(share * vector for share, vector in zip(a, x))
+    def side(x, y, own, other, layer, weight):
+        if messages == 'none': return pooled(x, weight)
+        received = y.mean(0).expand(len(x), -1) if messages == 'mean' else attend_plain(own(x), other(y), y)
+        out = []
+        for vector, message in zip(x, received):
+            if gate == 'elementwise': g = torch.sigmoid(vector * message)
+            elif gate == 'scalar': g = torch.sigmoid(vector @ message / (math.sqrt(len(vector)) if codes == 'unit' else 1))
+            else: g = 1
+            if fusion == 'sum': out.append(F.relu(layer(g * (vector + message))))
+            elif fusion == 'product': out.append(F.relu(layer(g * vector * message)))
+            elif fusion == 'concat': out.append(F.relu(layer(torch.cat([g * vector, g * message]))))
+            else: out.append(message)
+            if residual and fusion != 'none': out[-1] = out[-1] + vector
+        return pooled(torch.stack(out), weight)
+    def parts(fusion_layer, pool_layer): return getattr(fusion_layer, 'linear', None), getattr(getattr(pool_layer, 'logits', None), 'weight', [None])[0]
+    own, other = getattr(camp.messages, 'regions', None), getattr(camp.messages, 'words', None)
+    a = side(v, t, own, other, *parts(camp.image_fusion, camp.image_pool))
+    b = side(t, v, other, own, *parts(camp.word_fusion, camp.word_pool))
+    if head == 'cosine': return a @ b / (a.norm() * b.norm())
+    return torch.sigmoid(camp.head.out(F.relu(camp.head.hidden(a + b))))[0]
+
+
+@pytest.mark.parametrize('arguments', [a for a in ({}, *CAMPS) if a.get('form') != 'released'] + [dict(form='released')], ids=lambda a: '-'.join(map(str, a.values())) or 'paper')
+def test_camp_equals_its_plain_form_on_ragged_input_with_gradients(arguments):
+    camp, (regions, captions) = make('camp', arguments, torch.float64), ragged(torch.float64)
+    plain_pair = released_pair_plain if arguments.get('form') else partial(paper_pair_plain, **arguments)
     images, sentences = camp.encode_images(regions), camp.encode_captions(captions)
     fast = camp.match(images, sentences)
-    plain = torch.stack([torch.stack([camp_pair_plain(camp, images.x[b][images.mask[b]], sentences.x[c][sentences.mask[c]])
+    plain = torch.stack([torch.stack([plain_pair(camp, images.x[b][images.mask[b]], sentences.x[c][sentences.mask[c]])
                                       for c in range(len(sentences))]) for b in range(len(images))])
     torch.testing.assert_close(fast, plain, atol=1e-12, rtol=0)
     weight = torch.randn_like(fast)
