@@ -129,6 +129,8 @@ class Matcher(nn.Module):
     "The contract of every system: encode each side once, match all pairs, say what a batch costs."
     needs: tuple[str, ...] = () # files of a data set, beside features and captions, without which it refuses to work
     memory: int | None = None   # bytes that the scores of a batch may keep for the backward pass: see `match_by_length`
+    first_scores = None         # or a method (images, captions) -> (B, C): a cheap first look, for a matcher whose pairs are expensive
+    mean_loss = False           # whether `loss` is a mean over the items of a batch instead of a sum: see `is_mean` of the training lesson
     processes = None            # those that share a batch, of the training lesson; None: this one has it whole
     def __init__(self, arguments: dict): # the constructor's `locals()`
         super().__init__()

@@ -137,6 +137,7 @@ def score_chosen(matcher: Matcher, images: Codes, captions: Codes,
     rows, columns = chosen.nonzero().cpu().unbind(1)
     lengths = torch.zeros(len(captions)) if captions.mask is None else captions.mask.sum(1).cpu()
     scores = torch.empty(len(rows))
+    if not len(rows): return scores
     for some in lengths[columns].argsort(stable=True).split(size):       # captions of similar length together
         pairs = matcher.pairs(images[rows[some]], captions[columns[some]].trimmed())
         scores[some] = pairs.float().cpu()
