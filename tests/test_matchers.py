@@ -13,7 +13,7 @@ from imtm_lite.losses import HardestBCE, Triplet
 from imtm_lite.models.camp import CAMP, CAMPStage1, load_released
 from imtm_lite.phrases import Entity, PhraseLabels, TextGraph
 from imtm_lite.regions import Regions
-from imtm_lite.scoring import PeakBytes, encode, score, score_pairs
+from imtm_lite.scoring import PeakBytes, chosen_pairs, encode, put_below, rerank, rerank_agreement, score, score_chosen, score_pairs
 from imtm_lite.text import Captions
 from imtm_lite.train import MODELS
 
@@ -90,6 +90,61 @@ def test_scores_ignore_padding_tiles_and_order(name, arguments, dtype, tolerance
         torch.testing.assert_close(score(matcher, images, sentences, memory=memory), scores.float(), atol=1e-6, rtol=0)
     rows = torch.randint(len(regions), (len(captions),))
     torch.testing.assert_close(score_pairs(matcher, images, sentences, rows), scores[rows, torch.arange(len(captions))].float(), atol=1e-6, rtol=0)
+
+
+@each
+def test_pairs_are_the_diagonal_of_match(name, arguments):
+    matcher, (regions, captions) = make(name, arguments, torch.float64), ragged(torch.float64, images=19, captions=19)
+    images, sentences = matcher.encode_images(regions), matcher.encode_captions(captions)
+    for n in (1, 2, 8, 19):
+        torch.testing.assert_close(matcher.pairs(images[:n], sentences[:n]), matcher.match(images[:n], sentences[:n]).diagonal(), atol=1e-12, rtol=0)
+    pairs = torch.autograd.grad(matcher.pairs(images, sentences).sum(), list(matcher.parameters()), retain_graph=True, allow_unused=True)
+    whole = torch.autograd.grad(matcher.match(images, sentences).diagonal().sum(), list(matcher.parameters()), allow_unused=True)
+    for a, b in zip(pairs, whole):
+        if a is not None: torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-8)
+    with pytest.raises(ValueError, match='as many images as captions, not 19 and 3'): matcher.pairs(images, sentences[:3])
+
+
+def rerank_plain(first, exact, candidates):
+    "Loops over rows and columns; what is left over keeps its order, one below the worst exact score."
+    B, C = first.shape
+    chosen = [[False] * C for _ in range(B)]
+    for b in range(B):
+        for c in sorted(range(C), key=lambda c: -first[b, c])[:candidates]: chosen[b][c] = True
+    for c in range(C):
+        for b in sorted(range(B), key=lambda b: -first[b, c])[:candidates]: chosen[b][c] = True
+    exacts = [exact[b, c] for b in range(B) for c in range(C) if chosen[b][c]]
+    others = [first[b, c] for b in range(B) for c in range(C) if not chosen[b][c]]
+    return torch.tensor([[exact[b, c] if chosen[b][c] else first[b, c] - max(others) + min(exacts) - 1 for c in range(C)] for b in range(B)])
+
+
+@pytest.mark.parametrize('candidates', [1, 3, 6, 50])
+def test_rerank_is_exact_for_candidates_and_puts_all_others_below(candidates):
+    matcher, (regions, captions) = make('scan', {}, torch.float64), ragged(torch.float64, images=7, captions=12)
+    with torch.no_grad(): images, sentences = matcher.encode_images(regions), matcher.encode_captions(captions)
+    exact, first = matcher.match(images, sentences).float(), 5 * torch.randn(7, 12)
+    told = []
+    got = rerank(matcher, images, sentences, first, candidates=candidates, tell=told.append)
+    torch.testing.assert_close(got, rerank_plain(first, exact, candidates), atol=1e-5, rtol=0)
+    chosen = chosen_pairs(first, candidates)
+    assert sum(told) == chosen.sum() and (chosen.sum(0) >= min(candidates, 7)).all() and (chosen.sum(1) >= min(candidates, 12)).all()
+    torch.testing.assert_close(got[chosen], exact[chosen], atol=1e-6, rtol=0)
+    if not chosen.all():
+        assert got[~chosen].max() < got[chosen].min()
+        assert got[~chosen].argsort().equal(first[~chosen].argsort())                    # the order of the first look
+    every = torch.ones_like(chosen)
+    torch.testing.assert_close(score_chosen(matcher, images, sentences, every, size=5).view(7, 12), exact, atol=1e-6, rtol=0)
+    found = rerank_agreement(matcher, images, sentences, first, candidates=candidates, sample=12)
+    for k in (1, 5, 10):
+        hits = [bool(chosen[b, c]) for c in range(12) for b in exact[:, c].argsort(descending=True)[:k].tolist()]
+        assert found[k] == pytest.approx(100 * sum(hits) / len(hits))
+    assert rerank_agreement(matcher, images, sentences, exact, candidates=candidates, sample=5)[1] == 100
+
+
+def test_nothing_to_put_below():
+    first = torch.randn(3, 4)
+    assert put_below(first, torch.zeros(3, 4, dtype=torch.bool), torch.empty(0)).equal(first)
+    assert put_below(first, torch.ones(3, 4, dtype=torch.bool), torch.arange(12.)).equal(torch.arange(12.).view(3, 4))
 
 
 @each
