@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LIST', 'PAPERS', 'GALLERIES', 'FIGURES', 'SETTINGS', 'NO_COCO', 'ROWS', 'PARTNERS', 'PICTURES', 'REGIONS', 'CLOSE',
-           'DRY', 'Row', 'paper_row', 'find_row', 'spread', 'columns', 'listing', 'needs', 'files', 'differences',
-           'open_splits', 'compare', 'mean_scores', 'write_json', 'sessions', 'session', 'hours', 'dry_data',
-           'changes_of', 'new_record', 'record_path', 'versions', 'earlier_seeds', 'one_seed', 'reproduce',
+           'DRY', 'RECALLS', 'Row', 'paper_row', 'find_row', 'spread', 'columns', 'listing', 'needs', 'files',
+           'differences', 'open_splits', 'compare', 'mean_scores', 'write_json', 'sessions', 'session', 'hours',
+           'dry_data', 'changes_of', 'new_record', 'record_path', 'versions', 'earlier_seeds', 'one_seed', 'reproduce',
            'mean_figures', 'verdict', 'report', 'changed', 'conditions', 'seed_line', 'read_records', 'page', 'six',
-           'ours', 'missing', 'elsewhere']
+           'ours', 'missing', 'figure', 'read_experiment', 'table', 'mean_cell', 'made_by', 'elsewhere']
 
 # %% ../nbs/19_results.ipynb #results-03
 import hashlib, json, os, platform, shutil, time
@@ -352,11 +352,68 @@ def missing(row: Row) -> str:
     beside = [FILES[key][0].replace('{s}_', '').rpartition('.')[0] for key in needs(row.model)]
     return f"`{row.data}_precomp`" + (f" with {' and '.join(beside)}" if beside else '') + ', a GPU'
 
+# %% ../nbs/19_results.ipynb #results-61-b
+RECALLS = (('i2t R@1', 'i2t/0', 1), ('R@5', 'i2t/1', 1), ('R@10', 'i2t/2', 1),
+           ('t2i R@1', 't2i/0', 1), ('R@5', 't2i/1', 1), ('R@10', 't2i/2', 1),
+           ('rSum', 'rsum', 1)) # head of a column, path into a row, digits
+
+def figure(row: dict,   # of an experiment's record
+           path: str,   # 'rsum', 'i2t/0', 'probes/left-right'
+          ) -> float | None:
+    "A figure of a row; None where it was not measured."
+    value = row
+    for key in path.split('/'):
+        if value is None: return None
+        value = value[int(key)] if isinstance(value, list) else value.get(key)
+    return value
+
+# %% ../nbs/19_results.ipynb #results-61-c
+def read_experiment(folder: str | Path, name: str) -> dict | None:
+    "The record of an experiment; None where there is none, or one of an earlier form."
+    path = Path(folder)/f'{name}.json'
+    if not path.is_file(): return None
+    record = json.loads(path.read_text(encoding='utf-8'))
+    return record if isinstance(record.get('rows'), list) else None
+
+def table(record: dict, *,
+          columns=None, # (head, path, digits) each; None: those of the record
+          rows=None,    # names of rows, in this order; None: all
+         ) -> str:      # Markdown
+    "Mean over the seeds and largest distance from it, a line for each name."
+    columns = columns or record.get('columns') or RECALLS
+    rows = rows or list(dict.fromkeys(row['name'] for row in record['rows']))
+    lines = ['| | seeds | ' + ' | '.join(head for head, _, _ in columns) + ' |']
+    lines.append('|---' * (2 + len(columns)) + '|')
+    for name in rows:
+        seeds = [row for row in record['rows'] if row['name'] == name]
+        if not seeds: continue
+        cells = [mean_cell(seeds, path, digits) for _, path, digits in columns]
+        lines.append(f'| {name} | {len(seeds)} | ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
+
+def mean_cell(seeds: list[dict], path: str, digits: int) -> str:
+    "One cell of a table; empty where no seed has the figure."
+    values = [figure(row, path) for row in seeds]
+    values = [value for value in values if value is not None]
+    return spread(values, digits) if values else ''
+
+# %% ../nbs/19_results.ipynb #results-61-d
+def made_by(record: dict) -> str: # Markdown
+    "The line below a table: the command, the data, the budget, the versions."
+    libraries = sorted({row['library'] for row in record['rows']})
+    seeds = sorted({row['seed'] for row in record['rows']})
+    passes = f"{record['passes']} pass{'es' * (record['passes'] > 1)}, " if record['passes'] else ''
+    split = f"split {record['split']}, " if record['split'] else ''
+    return (f"*`{record['command']}`; {split}{passes}seeds {', '.join(map(str, seeds))}; "
+            f"library {', '.join(libraries)}.*")
+
 # %% ../nbs/19_results.ipynb #results-62
 def elsewhere(folder: str | Path) -> str: # Markdown
     "The other figures of a folder of results: systems on the generated world and on small real sets, at equal budgets."
     read = lambda pattern: [json.loads(p.read_text(encoding='utf-8')) for p in sorted(Path(folder).glob(pattern))]
     found = {}                                                                          # (data, budget, system) -> rSums
+    for r in filter(None, (read_experiment(folder, name) for name in ('world', 'flickr8k'))):
+        for m in r['rows']: found.setdefault((r['on'], r['budget'], m['name']), []).append(m['rsum'])
     for r in read('demo-seed*.json'):
         for name, m in r['models'].items(): found.setdefault(('generated world', 'preset demo', name), []).append(m['rsum'])
     for r in read('graphs-seed*.json'):
