@@ -18,7 +18,7 @@ from imtm_lite.text import Captions
 from imtm_lite.train import MODELS
 
 PREDICATES = 4
-VARIANTS = [(name, {}) for name in MODELS] + [('scan', dict(direction='i2t')), ('scan', dict(lse=6.)),
+VARIANTS = [(name, {}) for name in MODELS] + [('scan', dict(direction='i2t')), ('scan', dict(direction='both')), ('scan', dict(lse=6.)),
             *(('camp', a) for a in (dict(gate='elementwise'), dict(gate='none'), dict(fusion='sum'), dict(residual=False), dict(pool='mean'),
                                     dict(gate='elementwise', fusion='sum'))),
             *(('cmsei', a) for a in (dict(spatial='labels', layers=2), dict(spatial='iou', semantic=False), dict(spatial='none', threshold=.5), dict(reasoning='gated'),
