@@ -24,7 +24,7 @@ CAMPS = (dict(gate='scalar'), dict(gate='none'), dict(fusion='concat'), dict(fus
          dict(form='released', gate='elementwise'), dict(form='released', gate='none'), dict(form='released', fusion='sum'),
          dict(form='released', residual=False), dict(form='released', pool='mean'), dict(form='released', start='similarity'),
          dict(form='released', codes='unit'))
-VARIANTS = [(name, {}) for name in MODELS] + [('scan', dict(direction='i2t')), ('scan', dict(lse=6.)),
+VARIANTS = [(name, {}) for name in MODELS] + [('scan', dict(direction='i2t')), ('scan', dict(direction='both')), ('scan', dict(lse=6.)),
             *(('camp', a) for a in CAMPS),
             *(('cmsei', a) for a in (dict(spatial='labels', layers=2), dict(spatial='iou', semantic=False), dict(spatial='none', threshold=.5), dict(reasoning='gated'),
                                      dict(object_word=False), dict(object_sentence=0.), dict(word_image=0.), dict(object_word=False, object_sentence=0., word_image=0.))),
