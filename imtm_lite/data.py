@@ -7,11 +7,12 @@ __all__ = ['FILES', 'REQUIRED', 'PIECE', 'TOLERANCE', 'FIRST_SCENE', 'SCENES_PER
            'LOOKS', 'path_of', 'DataError', 'read_header', 'open_array', 'read_lines', 'read_captions', 'read_ids',
            'read_caption_image', 'Split', 'check_width', 'check_repeats', 'open_optional', 'need', 'JsonLines',
            'good_triples', 'good_phrases', 'good_probe', 'copy_row', 'read_features', 'read_boxes', 'read_labels',
-           'read_triples', 'read_regions', 'read_picture', 'fingerprint', 'plan', 'Encoded', 'Batch', 'in_order',
-           'batches', 'image_chunks', 'scene_numbers', 'scene_texts', 'widen', 'world_chunk', 'npy_header',
-           'SplitWriter', 'world_bytes', 'check_shape', 'make_room', 'write_world', 'rows_in_chunks',
-           'look_at_features', 'look_at_captions', 'look_at_boxes', 'look_at_sizes', 'look_at_labels', 'look_at_scores',
-           'look_at_triples', 'look_at_phrases', 'look_at_probes', 'Report', 'check']
+           'read_triples', 'read_regions', 'read_picture', 'fingerprint', 'plan', 'cut_by_size', 'cut_by_instances',
+           'pair_instances', 'Encoded', 'Batch', 'in_order', 'batches', 'image_chunks', 'scene_numbers', 'scene_texts',
+           'widen', 'world_chunk', 'npy_header', 'SplitWriter', 'world_bytes', 'check_shape', 'make_room',
+           'write_world', 'rows_in_chunks', 'look_at_features', 'look_at_captions', 'look_at_boxes', 'look_at_sizes',
+           'look_at_labels', 'look_at_scores', 'look_at_triples', 'look_at_phrases', 'look_at_probes', 'Report',
+           'check']
 
 # %% ../nbs/03_data.ipynb #data-03
 import hashlib, io, json, multiprocessing, os, re, shutil, signal, threading
@@ -465,9 +466,12 @@ def plan(split: Split,
          epoch: int,                   # every epoch has its own order
          per_image: int | None = None, # captions of each image in an epoch, drawn at random; None takes all
          distinct: bool = True,        # no image twice in a batch; False is a plain shuffle over captions
+         instances: int | None = None, # a batch holds at most so many, instead of `size` pairs
+         costs: np.ndarray | None = None, # (M,) instances of each caption's pair: `pair_instances`
         ) -> list[np.ndarray]: # caption indices of each batch
     "The order of an epoch. A batch of a single pair has no wrong answer and is dropped."
     if size < 2: raise ValueError(f'a batch needs at least 2 pairs, got size={size}')
+    if instances and costs is None: raise ValueError('instances needs the costs of the pairs')
     order = np.random.default_rng([seed, epoch]).permutation(len(split.caption_image))
     image = split.caption_image[order]
     grouped = np.argsort(image, kind='stable')                                     # by image, shuffled within
@@ -475,7 +479,32 @@ def plan(split: Split,
     turn[grouped] = np.arange(len(order)) - np.searchsorted(image[grouped], image[grouped])
     if per_image: order, turn = order[turn < per_image], turn[turn < per_image]
     rounds = [order[turn == r] for r in range(turn.max() + 1)] if distinct else [order]
-    return [batch for r in rounds for i in range(0, len(r), size) if len(batch := r[i:i + size]) > 1]
+    parts = [cut_by_instances(r, costs, instances) if instances else cut_by_size(r, size) for r in rounds]
+    return [batch for part in parts for batch in part if len(batch) > 1]
+
+def cut_by_size(order: np.ndarray, size: int) -> list[np.ndarray]:
+    "Pieces of `size` captions; the last one may be shorter."
+    return [order[i:i + size] for i in range(0, len(order), size)]
+
+# %% ../nbs/03_data.ipynb #data-83-b
+def cut_by_instances(order: np.ndarray, # caption indices
+                     costs: np.ndarray, # (M,) instances of each caption's pair
+                     instances: int,    # a piece holds at most so many, but two pairs in any case
+                    ) -> list[np.ndarray]:
+    "Pieces of about the same weight; the last one may be lighter."
+    total = costs[order].cumsum()                                                  # of everything up to and with a pair
+    pieces, start = [], 0
+    while start < len(order):
+        before = total[start - 1] if start else 0
+        end = int(np.searchsorted(total, before + instances, side='right'))
+        end = max(end, start + 2)
+        pieces.append(order[start:end])
+        start = end
+    return pieces
+
+def pair_instances(split: Split, vocab: Vocab) -> np.ndarray: # (M,)
+    "Instances of each caption's pair: the rows stored for a picture, and the caption's tokens with <start> and <end>."
+    return split.features.shape[1] + split.encoded(vocab).lengths.numpy()
 
 # %% ../nbs/03_data.ipynb #data-85
 class Encoded:
@@ -540,6 +569,7 @@ def batches(split: Split,
             epoch: int,
             per_image: int | None = None, # captions of each image in an epoch; None takes all, CAMP's loader takes 1
             distinct: bool = True,        # no image twice in a batch; False shuffles all captions, as SCAN's loader does
+            instances: int | None = None, # regions and tokens that a batch holds, instead of `size` pairs
             start: int = 0,               # first batch, to go on in the middle of an epoch
             share=slice,                  # B -> the pairs of a batch whose regions and captions are wanted, for several processes; all
             workers: int = 0,             # threads that read ahead, two batches each; 0: read when asked
@@ -554,8 +584,10 @@ def batches(split: Split,
         own = share(len(c))
         batch = Batch(split.regions(image[c[own]]), encoded[c][own], image[c], image[c], c)
         return batch.pinned() if pin else batch
+    costs = pair_instances(split, vocab) if instances else None
+    order = plan(split, size=size, seed=seed, epoch=epoch, per_image=per_image, distinct=distinct, instances=instances, costs=costs)
     pool = ThreadPoolExecutor(workers, 'batches') if workers else None
-    yield from in_order(read, plan(split, size=size, seed=seed, epoch=epoch, per_image=per_image, distinct=distinct)[start:], pool, 2 * workers)
+    yield from in_order(read, order[start:], pool, 2 * workers)
 
 # %% ../nbs/03_data.ipynb #data-95
 def image_chunks(split: Split, rows: Sequence[int] | None = None, *, size: int = 128) -> Iterator[Regions]: # rows None: all

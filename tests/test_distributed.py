@@ -164,7 +164,7 @@ def run(rank, count, *arguments):
 
 def logs_agree(a, b):
     a, b = (Log(p / 'log.jsonl').lines() for p in (a, b))
-    numbers = lambda line: {k: v for k, v in line.items() if k != 'dev'} | line.get('dev', {})
+    numbers = lambda line: {k: v for k, v in line.items() if k not in ('dev', 'health')} | line.get('dev', {}) | line.get('health', {})
     assert len(a) == len(b) > 2 and any('loss' in x for x in a)
     for x, y in zip(a, b):
         x, y = numbers(x), numbers(y)

@@ -13,14 +13,19 @@ from imtm_lite.losses import HardestBCE, Triplet
 from imtm_lite.models.camp import CAMP, CAMPStage1, load_released
 from imtm_lite.phrases import Entity, PhraseLabels, TextGraph
 from imtm_lite.regions import Regions
-from imtm_lite.scoring import PeakBytes, encode, score, score_pairs
+from imtm_lite.scoring import PeakBytes, chosen_pairs, encode, put_below, rerank, rerank_agreement, score, score_chosen, score_pairs
 from imtm_lite.text import Captions
 from imtm_lite.train import MODELS
 
 PREDICATES = 4
-VARIANTS = [(name, {}) for name in MODELS] + [('scan', dict(direction='i2t')), ('scan', dict(lse=6.)),
-            *(('camp', a) for a in (dict(gate='elementwise'), dict(gate='none'), dict(fusion='sum'), dict(residual=False), dict(pool='mean'),
-                                    dict(gate='elementwise', fusion='sum'))),
+CAMPS = (dict(gate='scalar'), dict(gate='none'), dict(fusion='concat'), dict(fusion='product'), dict(fusion='none'),
+         dict(messages='mean'), dict(messages='none'), dict(messages='none', head='cosine'), dict(residual=False),
+         dict(pool='mean'), dict(head='cosine'), dict(codes='raw'), dict(start='uniform'), dict(form='released'),
+         dict(form='released', gate='elementwise'), dict(form='released', gate='none'), dict(form='released', fusion='sum'),
+         dict(form='released', residual=False), dict(form='released', pool='mean'), dict(form='released', start='similarity'),
+         dict(form='released', codes='unit'))
+VARIANTS = [(name, {}) for name in MODELS] + [('scan', dict(direction='i2t')), ('scan', dict(direction='both')), ('scan', dict(lse=6.)),
+            *(('camp', a) for a in CAMPS),
             *(('cmsei', a) for a in (dict(spatial='labels', layers=2), dict(spatial='iou', semantic=False), dict(spatial='none', threshold=.5), dict(reasoning='gated'),
                                      dict(object_word=False), dict(object_sentence=0.), dict(word_image=0.), dict(object_word=False, object_sentence=0., word_image=0.))),
             *(('ssamt', a) for a in (dict(units='entities'), dict(units='triples'), dict(structure=False), dict(local=False), dict(layers=2), dict(phrase_weight=0.))),
@@ -88,6 +93,61 @@ def test_scores_ignore_padding_tiles_and_order(name, arguments, dtype, tolerance
 
 
 @each
+def test_pairs_are_the_diagonal_of_match(name, arguments):
+    matcher, (regions, captions) = make(name, arguments, torch.float64), ragged(torch.float64, images=19, captions=19)
+    images, sentences = matcher.encode_images(regions), matcher.encode_captions(captions)
+    for n in (1, 2, 8, 19):
+        torch.testing.assert_close(matcher.pairs(images[:n], sentences[:n]), matcher.match(images[:n], sentences[:n]).diagonal(), atol=1e-12, rtol=0)
+    pairs = torch.autograd.grad(matcher.pairs(images, sentences).sum(), list(matcher.parameters()), retain_graph=True, allow_unused=True)
+    whole = torch.autograd.grad(matcher.match(images, sentences).diagonal().sum(), list(matcher.parameters()), allow_unused=True)
+    for a, b in zip(pairs, whole):
+        if a is not None: torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-8)
+    with pytest.raises(ValueError, match='as many images as captions, not 19 and 3'): matcher.pairs(images, sentences[:3])
+
+
+def rerank_plain(first, exact, candidates):
+    "Loops over rows and columns; what is left over keeps its order, one below the worst exact score."
+    B, C = first.shape
+    chosen = [[False] * C for _ in range(B)]
+    for b in range(B):
+        for c in sorted(range(C), key=lambda c: -first[b, c])[:candidates]: chosen[b][c] = True
+    for c in range(C):
+        for b in sorted(range(B), key=lambda b: -first[b, c])[:candidates]: chosen[b][c] = True
+    exacts = [exact[b, c] for b in range(B) for c in range(C) if chosen[b][c]]
+    others = [first[b, c] for b in range(B) for c in range(C) if not chosen[b][c]]
+    return torch.tensor([[exact[b, c] if chosen[b][c] else first[b, c] - max(others) + min(exacts) - 1 for c in range(C)] for b in range(B)])
+
+
+@pytest.mark.parametrize('candidates', [1, 3, 6, 50])
+def test_rerank_is_exact_for_candidates_and_puts_all_others_below(candidates):
+    matcher, (regions, captions) = make('scan', {}, torch.float64), ragged(torch.float64, images=7, captions=12)
+    with torch.no_grad(): images, sentences = matcher.encode_images(regions), matcher.encode_captions(captions)
+    exact, first = matcher.match(images, sentences).float(), 5 * torch.randn(7, 12)
+    told = []
+    got = rerank(matcher, images, sentences, first, candidates=candidates, tell=told.append)
+    torch.testing.assert_close(got, rerank_plain(first, exact, candidates), atol=1e-5, rtol=0)
+    chosen = chosen_pairs(first, candidates)
+    assert sum(told) == chosen.sum() and (chosen.sum(0) >= min(candidates, 7)).all() and (chosen.sum(1) >= min(candidates, 12)).all()
+    torch.testing.assert_close(got[chosen], exact[chosen], atol=1e-6, rtol=0)
+    if not chosen.all():
+        assert got[~chosen].max() < got[chosen].min()
+        assert got[~chosen].argsort().equal(first[~chosen].argsort())                    # the order of the first look
+    every = torch.ones_like(chosen)
+    torch.testing.assert_close(score_chosen(matcher, images, sentences, every, size=5).view(7, 12), exact, atol=1e-6, rtol=0)
+    found = rerank_agreement(matcher, images, sentences, first, candidates=candidates, sample=12)
+    for k in (1, 5, 10):
+        hits = [bool(chosen[b, c]) for c in range(12) for b in exact[:, c].argsort(descending=True)[:k].tolist()]
+        assert found[k] == pytest.approx(100 * sum(hits) / len(hits))
+    assert rerank_agreement(matcher, images, sentences, exact, candidates=candidates, sample=5)[1] == 100
+
+
+def test_nothing_to_put_below():
+    first = torch.randn(3, 4)
+    assert put_below(first, torch.zeros(3, 4, dtype=torch.bool), torch.empty(0)).equal(first)
+    assert put_below(first, torch.ones(3, 4, dtype=torch.bool), torch.arange(12.)).equal(torch.arange(12.).view(3, 4))
+
+
+@each
 def test_regions_in_any_order(name, arguments):
     matcher, (regions, captions) = make(name, arguments, torch.float64), ragged(torch.float64)
     order = torch.randperm(5)
@@ -100,7 +160,7 @@ def test_regions_in_any_order(name, arguments):
 @each
 def test_gradients_are_finite_and_reach_every_parameter(name, arguments):
     matcher, (regions, captions) = make(name, arguments, torch.float64).train(), ragged(torch.float64, images=6, captions=6)
-    matcher.criterion = HardestBCE() if name == 'camp' else Triplet()
+    matcher.criterion = HardestBCE() if name == 'camp' and arguments.get('head') != 'cosine' else Triplet()
     scores = matcher.match(matcher.encode_images(regions), matcher.encode_captions(captions))
     matcher.criterion(scores, torch.eye(6, dtype=torch.bool)).backward()
     for n, p in matcher.named_parameters():
@@ -118,7 +178,7 @@ def test_score_stays_within_its_memory_budget(name, arguments):
     assert counter.peak <= 1.15 * budget + 4 * 40 * 60
 
 
-@pytest.mark.parametrize('file,matcher', [('gate_fusion_new', lambda **s: CAMP(**s)), ('gate_fusion_new_sum', lambda **s: CAMP(fusion='sum', **s)),
+@pytest.mark.parametrize('file,matcher', [('gate_fusion_new', lambda **s: CAMP(form='released', **s)), ('gate_fusion_new_sum', lambda **s: CAMP(form='released', fusion='sum', **s)),
                                           ('cross_attention_new', lambda **s: CAMPStage1(count_padding=True, **s))])
 def test_camp_equals_the_released_scores(file, matcher):
     arrays = {k: torch.from_numpy(v) for k, v in np.load(f'{__file__.rpartition("/")[0]}/camp_released/{file}.npz').items()}
@@ -133,30 +193,64 @@ def test_camp_equals_the_released_scores(file, matcher):
 def test_released_weights_of_another_model_are_refused():
     arrays = np.load(f'{__file__.rpartition("/")[0]}/camp_released/cross_attention_new.npz')
     weights = {k.removeprefix('weight.'): torch.from_numpy(v) for k, v in arrays.items() if k.startswith('weight.')}
-    with pytest.raises(ValueError, match='missing'): load_released(CAMP(region_width=32, words=5, width=32, word_width=4).double(), weights)
+    with pytest.raises(ValueError, match='missing'): load_released(CAMP(form='released', region_width=32, words=5, width=32, word_width=4).double(), weights)
 
 
-def camp_pair_plain(camp, v, t):
+def attend_plain(query, key, values):
+    "Scaled dot-product attention of one item's vectors over another's, none of them padding."
+    return (query @ key.T / math.sqrt(query.shape[-1])).softmax(-1) @ values
+
+
+def released_pair_plain(camp, v, t):
     "The released full model for one picture (R, D) and one sentence (T, D), every tensor written out."
-    def attend(q, k, values): return (q @ k.T / math.sqrt(q.shape[-1])).softmax(-1) @ values
-    unit = lambda x: x / (x.norm(dim=-1, keepdim=True) + 1e-8)
-    def side(x, y, x_side, y_side, fusion, pool):
-        m = attend(x_side.query(x), y_side.key(y), y)
-        m = unit(attend(y_side.message_query(m), y_side.message_key(m), m))
-        g = torch.sigmoid((x * m).sum(-1, keepdim=True))
-        fused = F.relu(fusion.linear(torch.cat((x, m), -1) * g)) + x
+    def unit(x): return x / (x.norm(dim=-1, keepdim=True) + 1e-8)
+    def side(x, y, own, other, fusion, pool):
+        first = attend_plain(own.query(x), other.key(y), y)
+        message = unit(attend_plain(other.message_query(first), other.message_key(first), first))
+        gate = torch.sigmoid((x * message).sum(-1, keepdim=True))
+        fused = F.relu(fusion.linear(torch.cat((x, message), -1) * gate)) + x
         heads = pool.logits(F.relu(pool.hidden(fused))).softmax(0)
         return unit((heads.T @ fused).mean(0))
-    a = side(v, t, camp.image_side, camp.word_side, camp.image_fusion, camp.image_pool)
-    b = side(t, v, camp.word_side, camp.image_side, camp.word_fusion, camp.word_pool)
-    return torch.sigmoid(camp.head(torch.cat((a, b))))[0]
+    regions, words = camp.messages.regions, camp.messages.words
+    a = side(v, t, regions, words, camp.image_fusion, camp.image_pool)
+    b = side(t, v, words, regions, camp.word_fusion, camp.word_pool)
+    return torch.sigmoid(camp.head.out(F.relu(camp.head.hidden(torch.cat((a, b))))))[0]
 
 
-def test_camp_equals_its_plain_form_on_ragged_input_with_gradients():
-    camp, (regions, captions) = make('camp', {}, torch.float64), ragged(torch.float64)
+def paper_pair_plain(camp, v, t, gate='elementwise', fusion='sum', residual=True, messages='one-level', pool='vector', head='mlp', codes='unit', start=''):
+    "The paper's model (eq. 1 to 12) and its ablations for one picture (R, D) and one sentence (T, D), position by position."
+    def pooled(x, weight):
+        a = (x @ weight / math.sqrt(x.shape[-1])).softmax(0) if pool == 'vector' else torch.full((len(x),), 1 / len(x), dtype=x.dtype)
+        return sum(share * vector for share, vector in zip(a, x))
+    def side(x, y, own, other, layer, weight):
+        if messages == 'none': return pooled(x, weight)
+        received = y.mean(0).expand(len(x), -1) if messages == 'mean' else attend_plain(own(x), other(y), y)
+        out = []
+        for vector, message in zip(x, received):
+            if gate == 'elementwise': g = torch.sigmoid(vector * message)
+            elif gate == 'scalar': g = torch.sigmoid(vector @ message / (math.sqrt(len(vector)) if codes == 'unit' else 1))
+            else: g = 1
+            if fusion == 'sum': out.append(F.relu(layer(g * (vector + message))))
+            elif fusion == 'product': out.append(F.relu(layer(g * vector * message)))
+            elif fusion == 'concat': out.append(F.relu(layer(torch.cat([g * vector, g * message]))))
+            else: out.append(message)
+            if residual and fusion != 'none': out[-1] = out[-1] + vector
+        return pooled(torch.stack(out), weight)
+    def parts(fusion_layer, pool_layer): return getattr(fusion_layer, 'linear', None), getattr(getattr(pool_layer, 'logits', None), 'weight', [None])[0]
+    own, other = getattr(camp.messages, 'regions', None), getattr(camp.messages, 'words', None)
+    a = side(v, t, own, other, *parts(camp.image_fusion, camp.image_pool))
+    b = side(t, v, other, own, *parts(camp.word_fusion, camp.word_pool))
+    if head == 'cosine': return a @ b / (a.norm() * b.norm())
+    return torch.sigmoid(camp.head.out(F.relu(camp.head.hidden(a + b))))[0]
+
+
+@pytest.mark.parametrize('arguments', [a for a in ({}, *CAMPS) if a.get('form') != 'released'] + [dict(form='released')], ids=lambda a: '-'.join(map(str, a.values())) or 'paper')
+def test_camp_equals_its_plain_form_on_ragged_input_with_gradients(arguments):
+    camp, (regions, captions) = make('camp', arguments, torch.float64), ragged(torch.float64)
+    plain_pair = released_pair_plain if arguments.get('form') else partial(paper_pair_plain, **arguments)
     images, sentences = camp.encode_images(regions), camp.encode_captions(captions)
     fast = camp.match(images, sentences)
-    plain = torch.stack([torch.stack([camp_pair_plain(camp, images.x[b][images.mask[b]], sentences.x[c][sentences.mask[c]])
+    plain = torch.stack([torch.stack([plain_pair(camp, images.x[b][images.mask[b]], sentences.x[c][sentences.mask[c]])
                                       for c in range(len(sentences))]) for b in range(len(images))])
     torch.testing.assert_close(fast, plain, atol=1e-12, rtol=0)
     weight = torch.randn_like(fast)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from imtm_lite.regions import Regions, normalise_boxes
-from imtm_lite.spatial import ELEVEN, SPATIAL_GRAPHS, geometry, iou_graph, labelled_graph, pairs, polar_graph, relation_labels
+from imtm_lite.spatial import ELEVEN, SPATIAL_GRAPHS, binary_graph, geometry, iou_graph, labelled_graph, pairs, polar_graph, relation_labels
 
 KINDS = pytest.mark.parametrize('kind', SPATIAL_GRAPHS)
 
@@ -73,6 +73,9 @@ def polar(a, b, directions, rings, width):
 def test_graphs_equal_loops(seed):
     r, close = ragged(seed), dict(atol=1e-7, rtol=0)
     for t in (0., .15): torch.testing.assert_close(iou_graph(r, threshold=t), by_loops(lambda a, b: [(w := overlap(a, b)) * (w > t)], r, 1), atol=1e-12, rtol=0)
+    for t in (.1, .3):
+        yes = by_loops(lambda a, b: [float(overlap(a, b) > t)], r, 1)
+        assert torch.equal(binary_graph(r, threshold=t), yes)
     for reach in (.5, .2): assert torch.equal(labelled_graph(r, reach=reach), by_loops(lambda a, b: label(a, b, reach), r, 11))
     for how in (dict(directions=8, rings=(.1, .3), width=.12), dict(directions=5, rings=(.2, .4, .9), width=.3)):
         K = how['directions'] * len(how['rings'])

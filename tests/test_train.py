@@ -51,8 +51,12 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(world, run, t
     assert not same(run / 'last.safetensors', tmp_path / 'other/last.safetensors')
 
 
-def test_killed_at_any_moment_a_run_goes_on_to_the_same_weights(world, tmp_path):
-    settings = QUICK | dict(epochs=4)
+RICH = dict(schedule='linear', warmup=3, accumulate=3, instances=160, drop_regions=.2, drop_words=.2) # everything that has a state or a count
+
+
+@pytest.mark.parametrize('more', [{}, RICH, RICH | dict(updates=13, schedule='steps')], ids=['plain', 'rich', 'updates'])
+def test_killed_at_any_moment_a_run_goes_on_to_the_same_weights(world, tmp_path, more):
+    settings = QUICK | dict(epochs=4) | more
     train('camp-stage1', world, tmp_path / 'whole', **settings)
     code = f'''
 import torch; torch.set_num_threads({torch.get_num_threads()})
@@ -191,7 +195,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(run, world):
     with torch.no_grad(): matcher.regions.linear.weight[0, 0] = torch.nan
     batch = next(iter(batches(split, matcher.vocab, size=8, seed=0, epoch=0)))
     with pytest.raises(FloatingPointError, match='lower the learning rate'):
-        train_step(matcher, batch, torch.optim.SGD(matcher.parameters(), lr=.1), Accelerator(cpu=True), 2.)
+        train_step(matcher, [batch], torch.optim.SGD(matcher.parameters(), lr=.1), Accelerator(cpu=True), 2., items=8)
 
 
 def test_the_step_tells_the_matching_loss_apart_from_others(run, world):
@@ -201,8 +205,8 @@ def test_the_step_tells_the_matching_loss_apart_from_others(run, world):
     plain = float(matcher(batch)['total'].detach()) / 8
     loss = matcher.loss
     matcher.loss = lambda *a: (found := loss(*a)) and {'match': found['total'], 'phrase': 3 * found['total'], 'total': 4 * found['total']}
-    step = train_step(matcher, batch, torch.optim.SGD(matcher.parameters(), lr=0.), Accelerator(cpu=True), 2.)
-    assert step == pytest.approx(plain)
+    step, norm = train_step(matcher, [batch], torch.optim.SGD(matcher.parameters(), lr=0.), Accelerator(cpu=True), 2., items=8)
+    assert step == pytest.approx(plain) and norm > 0
 
 
 def test_ssamt_trains_resumes_and_comes_back_with_its_parser(world, tmp_path):
