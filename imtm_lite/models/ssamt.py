@@ -42,7 +42,7 @@ def see_pair(text: Tensor,    # (N, n, n) of `see_text`
             ) -> Tensor:      # (N, n + 1 + R, n + 1 + R) bool
     "Who sees whom in a pair (SSAMT's three rules). Nodes: those of the sentence, the picture, its regions."
     n = text.shape[1]
-    real = torch.cat([there, regions[:, :1], regions], 1)         # a picture without regions is padding
+    real = torch.cat([there, F.pad(regions, (1, 0), value=True)], 1)
     sees = real[:, None, :] & real[:, :, None]
     sees[:, :n, :n] = text                                        # rule 3
     sees[:, 0, n + 1:] = False                                    # rule 1: sentence, regions
@@ -316,12 +316,10 @@ class SSAMT(SSAMTIntra):
 
     def match(self, images: Codes, captions: Codes) -> Tensor: # (B, C)
         "All pairs, each through the inter transformer: dear. See `first_scores`."
-        B, C = len(images), len(captions)
-        captions = without_padding(captions)
         v, t = every_pair(images, captions)
         scales = self.scales(self.compare(v, t), v, t)
         first = self.first_scores(images, captions).flatten()
-        return self.combine(first, scales).view(B, C)
+        return self.combine(first, scales).view(len(images), len(captions))
 
     def looks(self, images: Codes, captions: Codes) -> Tensor: # (N, n, n), rows sum to 1
         "Where each node of N pairs looks: the inter transformer's last layer, mean over heads."
