@@ -440,7 +440,7 @@ def health(matcher: Matcher,
     if hasattr(matcher, 'gates'): figures |= gate_figures(matcher, few_images, few_sentences)
     figures |= score_figures(score(matcher, images, sentences, memory=memory))
     matcher.train(training)
-    return {name: float(f'{float(x):.4g}') for name, x in figures.items()}
+    return {name: float(f'{float(x):.4g}') for name, x in figures.items() if math.isfinite(x)}
 
 def gradient_figures(norms: list[float]) -> dict[str, float]:
     "Mean and largest norm of the gradient before clipping; steps that overflowed in half precision are left out."
@@ -449,7 +449,7 @@ def gradient_figures(norms: list[float]) -> dict[str, float]:
     return dict(gradient_mean=float(f'{sum(finite) / len(finite):.4g}'), gradient_max=float(f'{max(finite):.4g}'))
 
 # %% ../nbs/18_training.ipynb #training-24-j
-LIMITS = dict(equal=.01, smooth=.9, rise=.2, drowned=10., alike=.99)
+LIMITS = dict(equal=.01, ahead=.1, smooth=.9, rise=.2, drowned=10., alike=.99)
 
 @dataclass(frozen=True)
 class Alarm:
@@ -494,6 +494,9 @@ def diagnose(f: dict[str, float]) -> list[Alarm]:
     if abs(f['score_difference']) < LIMITS['equal'] and f['score_spread_others'] < LIMITS['equal']:
         seen = f"all scores are equal (matching pairs {f['score_difference']:.4f} ahead, others spread by {f['score_spread_others']:.4f})"
         alarms.append(Alarm('collapsed', seen, 'one or two more soft epochs, a warm-up, a lower learning rate, or a warm start'))
+    elif f['score_difference'] < LIMITS['ahead'] * f['score_spread_others']:
+        seen = f"matching pairs are {f['score_difference']:.4f} ahead, but others spread by {f['score_spread_others']:.4f}: they are not told apart"
+        alarms.append(Alarm('blind', seen, 'more epochs, one or two more soft ones, or another learning rate'))
     if f.get('message_cosine_regions', 0) > LIMITS['alike']:
         seen = f"the messages to a picture's regions have a mean cosine of {f['message_cosine_regions']:.4f}: every region hears the same"
         alarms.append(Alarm('alike', seen, 'a higher temperature of the attention, or codes of unit length times the root of their width'))

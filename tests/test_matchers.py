@@ -157,6 +157,21 @@ def test_regions_in_any_order(name, arguments):
 
 
 @each
+def test_a_hidden_region_is_as_if_it_had_never_been(name, arguments):
+    "What `drop_regions` relies on."
+    matcher, (regions, captions) = make(name, arguments, torch.float64), ragged(torch.float64)
+    hidden = changed(regions, mask=regions.mask & (torch.arange(5) != 1))
+    rows = torch.tensor([0, 2, 3, 4])                                                          # without region 1, and without its triples
+    place = torch.tensor([0, -1, 1, 2, 3])
+    ends = torch.where(regions.triples[..., [0, 2]] < 0, -1, place[regions.triples[..., [0, 2]]])
+    triples = torch.stack([ends[..., 0], regions.triples[..., 1], ends[..., 1]], -1)
+    triples[(ends < 0).any(-1)] = -1
+    fewer = changed(regions, features=regions.features[:, rows], mask=regions.mask[:, rows], boxes=regions.boxes[:, rows], triples=triples)
+    have = hidden.mask.any(1)
+    torch.testing.assert_close(scores_of(matcher, hidden, captions)[have], scores_of(matcher, fewer, captions)[have], atol=1e-12, rtol=0)
+
+
+@each
 def test_gradients_are_finite_and_reach_every_parameter(name, arguments):
     matcher, (regions, captions) = make(name, arguments, torch.float64).train(), ragged(torch.float64, images=6, captions=6)
     matcher.criterion = HardestBCE() if name == 'camp' and arguments.get('head') != 'cosine' else Triplet()
