@@ -211,6 +211,12 @@ class OneLevel(nn.Module):
         super().__init__()
         self.regions, self.words = (nn.Linear(width, width, bias=False) for _ in range(2))
 
+    @torch.no_grad()
+    def start_as_similarity(self):
+        "Begin with one rotation for both sides, so that the affinity is the dot product of region and word. Ours."
+        nn.init.orthogonal_(self.regions.weight)
+        self.words.weight.copy_(self.regions.weight)
+
     def image(self, v: Tensor) -> dict[str, Tensor]: return dict(projected=self.regions(v)) # (B, R, D)
     def word(self, t: Tensor) -> dict[str, Tensor]: return dict(projected=self.words(t))    # (C, T, D)
 
