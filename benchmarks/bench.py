@@ -60,7 +60,7 @@ def items(n_images: int, n_captions: int, seed: int = 0) -> tuple[Regions, Capti
 
 def build(name: str, width: int, region_width: int = 64):
     torch.manual_seed(0)
-    return MODELS[name](**arguments_for(name, dict(region_width=region_width, words=WORDS, predicates=20)), width=width, word_width=32).eval()
+    return MODELS[name](**arguments_for(name, dict(region_width=region_width, words=WORDS, predicates=20, width=width, word_width=32))).eval()
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Every model's `match` in its published or plain form: one caption at a time against all pictures, every context and message formed.
 
 Same codes in, same scores out as the library's; only the arithmetic differs. SCAN and CAMP follow the released codes (CAMP pads every caption to 50
-tokens, as released); CMSEI, Hire and SSAMT never had public code, their plain forms are their lessons' equations written in SCAN's manner.
+tokens, as released); CMSEI, Hire and SSAMT never had public code, their plain forms are their lessons' equations written out.
 """
 import math
 
@@ -47,9 +47,34 @@ def scan(matcher: Matcher, images: Codes, captions: Codes) -> Tensor:
     return torch.stack(columns, 1)
 
 
+def transformer_layer(layer, x: Tensor, sees: Tensor) -> Tensor: # (B, n, D), (B, n, n) bool -> (B, n, D)
+    "A pre-norm layer of PyTorch's, written out, without dropout."
+    attention, (B, n, D) = layer.self_attn, x.shape
+    heads = attention.num_heads
+    y = F.linear(layer.norm1(x), attention.in_proj_weight, attention.in_proj_bias)
+    query, key, value = (part.view(B, n, heads, D // heads).transpose(1, 2) for part in y.chunk(3, -1))
+    weights = masked_softmax(query @ key.transpose(2, 3) / math.sqrt(D // heads), sees[:, None])
+    x = x + attention.out_proj((weights @ value).transpose(1, 2).reshape(B, n, D))
+    return x + layer.linear2(F.gelu(layer.linear1(layer.norm2(x))))
+
+
 def ssamt(matcher: Matcher, images: Codes, captions: Codes) -> Tensor:
-    words = [F.cosine_similarity(t, look(t, images.x, images.mask, matcher.temperature), dim=-1).mean(1) for _, t in each_caption(images, captions)]
-    return torch.stack(words, 1) + vse(matcher, images, captions)
+    "Every pair's nodes through every layer, and the cosines one after the other."
+    columns, mu1, mu2 = [], *matcher.config['mu']
+    for c in range(len(captions)):
+        t = captions[[c] * len(images)]
+        x, sees = matcher.nodes(images, t)
+        for layer in matcher.inter.layers: x = transformer_layer(layer, x, sees)
+        x = matcher.inter.norm(x)
+        P, T = t.exists.shape[1], t.mask.shape[1]
+        sentence, units, picture, seen = x[:, :1], x[:, 1:1 + P + T], x[:, 1 + P + T, None], x[:, 2 + P + T:]
+        there = torch.cat([t.exists, t.mask], 1)
+        whole = F.cosine_similarity(picture[:, 0], sentence[:, 0], dim=-1)
+        of_units = (F.cosine_similarity(picture, units, dim=-1) * there).sum(1) / there.sum(1)
+        of_regions = (F.cosine_similarity(sentence, seen, dim=-1) * images.mask).sum(1) / images.mask.sum(1)
+        first = F.cosine_similarity(images.vector, t.vector, dim=-1)
+        columns.append(first + mu1 * whole + mu2 * (of_units + of_regions))
+    return torch.stack(columns, 1)
 
 
 def cmsei(matcher: Matcher, images: Codes, captions: Codes) -> Tensor:
