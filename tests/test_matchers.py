@@ -22,7 +22,8 @@ VARIANTS = [(name, {}) for name in MODELS] + [('scan', dict(direction='i2t')), (
             *(('camp', a) for a in (dict(gate='elementwise'), dict(gate='none'), dict(fusion='sum'), dict(residual=False), dict(pool='mean'),
                                     dict(gate='elementwise', fusion='sum'))),
             *(('cmsei', a) for a in (dict(spatial='labels', layers=2), dict(spatial='iou', semantic=False), dict(spatial='none', threshold=.5), dict(reasoning='gated'),
-                                     dict(object_word=False), dict(object_sentence=0.), dict(word_image=0.), dict(object_word=False, object_sentence=0., word_image=0.))),
+                                     dict(object_word=False), dict(object_sentence=False), dict(word_image=False), dict(object_word=False, object_sentence=False, word_image=False),
+                                     dict(spatial='binary', weighted=False, combined=True), dict(refine=False), dict(refine=False, object_word=False))),
             *(('ssamt', a) for a in (dict(units='entities'), dict(units='triples'), dict(structure=False), dict(local=False), dict(layers=2), dict(phrase_weight=0.))),
             *(('hire', a) for a in (dict(order='explicit-implicit'), dict(order='parallel'), dict(spatial='none', semantic=False)))]
 each = pytest.mark.parametrize('name,arguments', VARIANTS, ids=lambda v: v if isinstance(v, str) else '-'.join(map(str, v.values())))
