@@ -10,7 +10,7 @@ from imtm_lite.models.cmsei import LEVELS, edge_influence
 from imtm_lite.models.hire import ORDERS
 from imtm_lite.regions import Regions
 from imtm_lite.train import CheckpointError, SettingError, build, check_fits, load, train
-from tests.test_matchers import changed, make, ragged
+from tests.test_matchers import changed, make, ragged, scores_of
 
 
 def reason_plain(layer, v, graph):
@@ -167,7 +167,7 @@ def test_implicit_reasoning_keeps_regions_apart():
         stages = model.stages(regions)
         for name in ('encoded', 'implicit'):
             real = regions.mask[:, :, None] & regions.mask[:, None] & ~torch.eye(5, dtype=torch.bool)
-            alike[centred, name] = float((stages[name] @ stages[name].mT)[real].mean())
+            alike[centred, name] = (stages[name] @ stages[name].mT)[real].mean().item()
     assert alike[True, 'implicit'] < alike[True, 'encoded'] + .05 < alike[False, 'implicit']
 
 
