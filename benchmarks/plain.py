@@ -38,12 +38,18 @@ def scan(matcher: Matcher, images: Codes, captions: Codes) -> Tensor:
     "As released, copies included: the words repeated for every picture, transposed weights and contexts written out, three reductions for a cosine."
     columns = []
     for _, t in each_caption(images, captions):
-        t = t.contiguous()
-        s = F.leaky_relu(images.x @ t.transpose(1, 2), .1)                         # (B, R, T)
-        s = s / s.norm(dim=2, keepdim=True).clamp(min=1e-8)
-        a = masked_softmax(matcher.temperature * s.transpose(1, 2).contiguous(), images.mask[:, None])
-        context = (images.x.transpose(1, 2) @ a.transpose(1, 2).contiguous()).transpose(1, 2).contiguous()
-        columns.append(((t * context).sum(2) / (t.norm(dim=2) * context.norm(dim=2)).clamp(min=1e-8)).mean(1))
+        t, v = t.contiguous(), images.x
+        ways = []
+        for way, temperature in matcher.temperatures.items():
+            x, y, asks, answers = (t, v, None, images.mask) if way == 't2i' else (v, t, images.mask, None)
+            s = F.leaky_relu(y @ x.transpose(1, 2), .1)                            # (B, K, L)
+            s = s / s.norm(dim=2, keepdim=True).clamp(min=1e-8)
+            logits = temperature * s.transpose(1, 2).contiguous()                  # (B, L, K)
+            a = logits.softmax(-1) if answers is None else masked_softmax(logits, answers[:, None])
+            context = (y.transpose(1, 2) @ a.transpose(1, 2).contiguous()).transpose(1, 2).contiguous()
+            agreed = (x * context).sum(2) / (x.norm(dim=2) * context.norm(dim=2)).clamp(min=1e-8)
+            ways.append(agreed.mean(1) if asks is None else (agreed * asks).sum(1) / asks.sum(1))
+        columns.append(sum(ways) / len(ways))
     return torch.stack(columns, 1)
 
 
@@ -78,12 +84,28 @@ def ssamt(matcher: Matcher, images: Codes, captions: Codes) -> Tensor:
 
 
 def cmsei(matcher: Matcher, images: Codes, captions: Codes) -> Tensor:
-    columns = []
-    for c, t in each_caption(images, captions):
-        s = captions.vector[c].expand(len(images), 1, t.shape[2])                  # (B, 1, D)
-        g = masked_softmax(matcher.levels[0] * s @ images.x.transpose(1, 2), images.mask[:, None]) @ images.x
-        beta = (matcher.levels[1] * F.cosine_similarity(t, g, dim=-1)).softmax(1)  # (B, T)
-        columns.append((beta * F.cosine_similarity(t, look(t, images.x, images.mask, matcher.temperature), dim=-1)).sum(1))
+    "Every message and every refined vector formed."
+    def scan_weights(x, y, there, temperature): # (B, L, D), (B, K, D) -> (B, L, K)
+        s = F.leaky_relu(x @ y.transpose(1, 2), .1)
+        s = s / s.norm(dim=1, keepdim=True).clamp(min=1e-8)
+        return masked_softmax(temperature * s, there[:, None])
+
+    def told(x, message, gate): # (B, L, D), (B, L or 1, D) -> (B, L, D)
+        message = F.normalize(message, dim=-1)
+        loud = matcher.gate[gate](F.cosine_similarity(x, message, dim=-1))
+        return x + loud[..., None] * message
+
+    columns, v, there = [], images.x, images.mask
+    counts = there.to(v.dtype) / there.sum(1, keepdim=True)                        # (B, R)
+    picture = (v * counts[..., None]).sum(1, keepdim=True)                         # (B, 1, D)
+    for _, t in each_caption(images, captions):
+        over_regions = scan_weights(t, v, there, matcher.config['temperature'])    # (B, T, R)
+        over_words = scan_weights(v, t, torch.ones_like(t[..., 0]).bool(), matcher.config['object_temperature'])
+        objects, words = told(v, over_words @ t, 'object'), told(t, over_regions @ v, 'word')
+        objects, words = told(objects, t.mean(1, keepdim=True), 'sentence'), told(words, picture, 'image')
+        agreed = F.normalize(words, dim=-1) @ F.normalize(objects, dim=-1).transpose(1, 2)     # (B, T, R)
+        by_word, by_object = (over_regions * agreed).sum(2).mean(1), ((over_words.transpose(1, 2) * agreed).sum(1) * counts).sum(1)
+        columns.append((by_word + by_object) / 2)
     return torch.stack(columns, 1)
 
 
@@ -109,4 +131,10 @@ def camp(matcher: Matcher, images: Codes, captions: Codes) -> Tensor:
     return torch.stack(columns, 1)
 
 
-PLAIN = {'vse': vse, 'scan': scan, 'camp': camp, 'ssamt': ssamt, 'cmsei': cmsei, 'hire': cmsei}
+PLAIN = {'vse': vse, 'scan': scan, 'scan both': scan, 'camp': camp, 'ssamt': ssamt, 'cmsei': cmsei, 'hire': cmsei}
+FORMS = {'scan both': ('scan', dict(direction='both'))} # name of a row -> model, arguments; all others are models as they are
+
+
+def form(name: str) -> tuple[str, dict]:
+    "The model of a row, and its arguments."
+    return FORMS.get(name, (name, {}))
