@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['FOLDS', 'FOLD_DEV', 'DATA', 'SAID', 'RATES', 'CANDIDATES', 'MEASURES', 'SIZES', 'REAL_SIZES', 'WORLD', 'WORLD_BUDGET',
-           'REAL_BUDGET', 'FOLD_BUDGET', 'TWO_SOFT', 'RELATIONS', 'KINDS', 'SHORT', 'POINTED', 'CAMP_PAPER', 'FLICKR8K',
-           'ON_WORLD', 'CAMP_WORLD', 'CAMP_FLICKR8K', 'NO_PHRASES', 'SSAMT_DATA', 'PARTS', 'SSAMT_SCORES',
-           'SSAMT_ABLATION', 'CMSEI_ABLATION', 'TOLERANCE', 'HIRE_TOLERANCE', 'SYMBOLIC', 'FOUND', 'FIRST_LOOK',
-           'SPANS', 'RULES', 'WRONG', 'PHRASES', 'AGREEMENT', 'EXPERIMENTS', 'FIELDS', 'Row', 'Experiment', 'stages_of',
-           'fingerprint', 'locked', 'is_held', 'Place', 'world_of', 'from_world', 'from_next_world', 'from_user',
-           'read_graphs', 'write_graphs', 'from_graphs', 'write_rows', 'write_lines', 'write_view', 'drawn', 'every',
-           'training_view', 'relation_wordings', 'relation', 'probe_counts', 'percents', 'measure_recall',
-           'measure_probes', 'measure_grounding', 'measure_size', 'corrupted', 'measure_tolerance', 'score_parts',
-           'measure_parts', 'measure_blame', 'mean_vectors', 'measure_first_look', 'percent', 'parser_of',
-           'measure_spans', 'heads_only', 'itself', 'measure_labels', 'label_errors', 'measure_agreement', 'triples_of',
-           'camp_released', 'systems', 'camp_rows', 'by_rate', 'stage_folders', 'log_of', 'dev_curve', 'last_health',
-           'time_used', 'watched', 'say_at_once', 'run_folder', 'claim_of', 'trained', 'run_row', 'default_results',
-           'command_of', 'shared', 'keep', 'state', 'claimed', 'find_experiment', 'find_rows', 'place_of',
-           'check_ready', 'check_files', 'run_experiment', 'run_if_free', 'listing', 'list_rows', 'show_table']
+           'REAL_BUDGET', 'FOLD_BUDGET', 'TWO_SOFT', 'RELATIONS', 'KINDS', 'SHORT', 'POINTED', 'FLICKR8K', 'ON_WORLD',
+           'GATES_OPEN', 'BESIDE_PAPER', 'CAMP_WORLD', 'CAMP_FLICKR8K', 'NO_PHRASES', 'SSAMT_DATA', 'PARTS',
+           'SSAMT_SCORES', 'SSAMT_ABLATION', 'CMSEI_ABLATION', 'TOLERANCE', 'HIRE_TOLERANCE', 'SYMBOLIC', 'FOUND',
+           'FIRST_LOOK', 'SPANS', 'RULES', 'WRONG', 'PHRASES', 'AGREEMENT', 'EXPERIMENTS', 'FIELDS', 'Row',
+           'Experiment', 'stages_of', 'fingerprint', 'locked', 'is_held', 'Place', 'world_of', 'from_world',
+           'from_next_world', 'from_user', 'read_graphs', 'write_graphs', 'from_graphs', 'write_rows', 'write_lines',
+           'write_view', 'drawn', 'every', 'training_view', 'relation_wordings', 'relation', 'probe_counts', 'percents',
+           'measure_recall', 'measure_probes', 'measure_grounding', 'measure_size', 'corrupted', 'measure_tolerance',
+           'score_parts', 'measure_parts', 'measure_blame', 'mean_vectors', 'measure_first_look', 'percent',
+           'parser_of', 'measure_spans', 'heads_only', 'itself', 'measure_labels', 'label_errors', 'measure_agreement',
+           'triples_of', 'camp_released', 'systems', 'camp_rows', 'by_rate', 'stage_folders', 'log_of', 'dev_curve',
+           'last_health', 'time_used', 'watched', 'say_at_once', 'run_folder', 'claim_of', 'trained', 'run_row',
+           'default_results', 'command_of', 'shared', 'keep', 'state', 'claimed', 'find_experiment', 'find_rows',
+           'place_of', 'check_ready', 'check_files', 'run_experiment', 'run_if_free', 'listing', 'list_rows',
+           'show_table']
 
 # %% ../nbs/24_experiments.ipynb #experiments-03
 import copy, hashlib, json, random, shutil, tempfile, threading, time
@@ -39,13 +40,14 @@ from .explore import FirstLook, candidate_recall, ground
 from .models.ssamt import SSAMT, blame_accuracy
 from .phrases import (graph_from_spans, graph_from_triples, implied, named_parser, normal,
                                synonyms)
+from .recall import evaluate
 from .results import RECALLS, made_by, read_experiment, table, write_json
 from .scenes import INVERSE, WORDINGS
 from .scoring import encode, score
 from .semantic import corrupt_triples, write_triples
 from .text import Captions
 from .train import (CheckpointError, Log, SettingError, arguments_for, build,
-                             check_arguments, load, probe_answers, split_recall, train)
+                             check_arguments, load, probe_answers, score_split, train)
 
 # %% ../nbs/24_experiments.ipynb #experiments-06
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Row:
     settings: dict = field(default_factory=dict)  # of `train`
     stages: tuple[dict, ...] = () # settings of each stage, if several; 'model' names its system
     part: float = 1.             # share of the training pictures, drawn by the seed
+    paper: float | None = None   # rSum of the paper's own row, on its data
 
 @dataclass(frozen=True)
 class Experiment:
@@ -301,9 +304,12 @@ def percents(counts: dict[str, list[int]]) -> dict[str, float]:
 
 # %% ../nbs/24_experiments.ipynb #experiments-21
 def measure_recall(matcher: Matcher, split: Split, seed: int) -> dict:
-    "Recall@K over all pairs of the split, protocol plain."
-    found = split_recall(matcher, split, matcher.vocab)
-    return dict(i2t=found.i2t, t2i=found.t2i, rsum=found.rsum)
+    "Recall@K of the split, protocol plain; and how pairs were scored, where a first look chose some."
+    candidates = matcher.card['settings'].get('candidates')
+    scores, how = score_split(matcher, split, matcher.vocab, candidates=candidates)
+    found = evaluate(scores, torch.from_numpy(split.caption_image))
+    scored = {} if matcher.first_scores is None else dict(scored=how)
+    return dict(i2t=found.i2t, t2i=found.t2i, rsum=found.rsum) | scored
 
 def measure_probes(matcher: Matcher, split: Split, seed: int) -> dict:
     "Percent right by kind, chance 50, and how many were asked."
@@ -522,7 +528,6 @@ def camp_released(passes: int, size: int) -> tuple[dict, dict]: # settings of tw
             dict(model='camp', epochs=passes - first, criterion='bce', size=size, lr=1e-3,
                  decay_at=(passes - first - 1,)))
 
-CAMP_PAPER = dict(gate='elementwise', fusion='sum') # what is nearest to the paper today
 
 def systems(passes: int, camp_size: int) -> tuple[Row, ...]:
     "All systems, a row each."
@@ -531,8 +536,8 @@ def systems(passes: int, camp_size: int) -> tuple[Row, ...]:
         Row('scan t2i',      'scan',  dict(direction='t2i')),
         Row('scan i2t',      'scan',  dict(direction='i2t')),
         Row('scan both',     'scan',  dict(direction='both')),
-        Row('camp paper',    'camp',  CAMP_PAPER, dict(criterion='bce', size=camp_size)),
-        Row('camp released', 'camp',  stages=camp_released(passes, camp_size)),
+        Row('camp paper',    'camp',  dict(form='paper'), dict(criterion='bce', size=camp_size)),
+        Row('camp released', 'camp',  dict(form='released'), stages=camp_released(passes, camp_size)),
         Row('ssamt',         'ssamt', settings=TWO_SOFT),
         Row('cmsei',         'cmsei'),
         Row('hire',          'hire',  settings=TWO_SOFT))
@@ -551,28 +556,39 @@ ON_WORLD = Experiment(
 
 # %% ../nbs/24_experiments.ipynb #experiments-32-c
 def camp_rows(passes: int) -> tuple[Row, ...]:
-    "CAMP without its parts: the rows of the paper's table 3 that the library has."
-    one = dict(criterion='bce', size=32)
+    "CAMP without its parts: the rows of the paper's table 3, with its rSum on Flickr30K."
+    bce, rank = dict(criterion='bce', size=32), dict(criterion='triplet', size=32)
+    soft, cosine = dict(soft_epochs=passes), dict(head='cosine')
     return (
-        Row('camp',                   'camp', CAMP_PAPER, one),
-        Row('no gates',               'camp', CAMP_PAPER | dict(gate='none'), one),
-        Row('scalar gates',           'camp', CAMP_PAPER | dict(gate='scalar'), one),
-        Row('no residual',            'camp', CAMP_PAPER | dict(residual=False), one),
-        Row('mean pooling',           'camp', CAMP_PAPER | dict(pool='mean'), one),
-        Row('concatenation',          'camp', CAMP_PAPER | dict(fusion='concat'), one),
-        Row('ranking loss',           'camp', CAMP_PAPER, one | dict(criterion='triplet')),
-        Row('BCE over all negatives', 'camp', CAMP_PAPER, one | dict(soft_epochs=passes)))
+        Row('camp',                   'camp', dict(form='paper'), bce, paper=466.9),
+        Row('base model',             'camp', cosine | dict(messages='none'), rank, paper=447.5),
+        Row('no cross-attention',     'camp', dict(messages='mean'), bce, paper=417.9),
+        Row('no fusion',              'camp', dict(fusion='none'), bce, paper=457.3),
+        Row('no gates',               'camp', dict(gate='none'), bce, paper=438.5),
+        Row('no residual',            'camp', dict(residual=False), bce, paper=427.7),
+        Row('mean pooling',           'camp', dict(pool='mean'), bce, paper=447.1),
+        Row('concatenation',          'camp', dict(fusion='concat'), bce, paper=458.0),
+        Row('product',                'camp', dict(fusion='product'), bce, paper=446.4),
+        Row('joint embedding',        'camp', cosine, rank, paper=442.5),
+        Row('ranking loss',           'camp', {}, rank, paper=434.6),
+        Row('BCE over all negatives', 'camp', {}, bce | soft, paper=459.3),
+        Row('scalar gates',           'camp', dict(gate='scalar'), bce)) # not in the paper
+
+GATES_OPEN = (('gate: own pairs', 'health/gate_regions_own', 3),
+              ('other pairs', 'health/gate_regions_others', 3))
+BESIDE_PAPER = SHORT[:1] + (('paper, Flickr30K', 'paper', 1),) + SHORT[1:]
 
 CAMP_WORLD = Experiment(
     'camp-ablation', "CAMP without its parts, on the generated world.",
     on='generated world', data='world', split='test', passes=10, sizes=WORLD,
     arguments=SIZES, settings=WORLD_BUDGET, measures=('recall', 'probes'),
-    columns=SHORT + KINDS[:2], rows=camp_rows(passes=10))
+    columns=BESIDE_PAPER + KINDS[:2] + GATES_OPEN, rows=camp_rows(passes=10))
 
 CAMP_FLICKR8K = Experiment(
     'camp-ablation-flickr8k', "CAMP without its parts, on real pictures and captions.",
     on='Flickr8k dev', data='folder', split='dev', passes=12, dev=.2,
-    arguments=REAL_SIZES, settings=REAL_BUDGET, rows=camp_rows(passes=12))
+    arguments=REAL_SIZES, settings=REAL_BUDGET, columns=BESIDE_PAPER + GATES_OPEN,
+    rows=camp_rows(passes=12))
 
 # %% ../nbs/24_experiments.ipynb #experiments-32-d
 NO_PHRASES = dict(phrase_weight=0.)
@@ -631,6 +647,7 @@ CMSEI_ABLATION = Experiment(
         Row('without object-word',     'cmsei', dict(object_word=False)),
         Row('without object-sentence', 'cmsei', dict(object_sentence=0.)),
         Row('without word-image',      'cmsei', dict(word_image=0.)),
+        Row('binary graph',            'cmsei', dict(spatial='binary')),
         Row('IoU graph',               'cmsei', dict(spatial='iou')),
         Row('polar graph',             'cmsei', dict(spatial='polar'))))
 
@@ -789,7 +806,7 @@ def run_row(experiment: Experiment, row: Row, seed: int, place: Place, *,
     made = dict.fromkeys(FIELDS)
     made |= dict(name=row.name, system=row.system, arguments=row.arguments, seed=seed,
                  split=experiment.split, passes=experiment.passes, library=library)
-    made |= dict(settings=row.settings, stages=list(row.stages), part=row.part,
+    made |= dict(settings=row.settings, stages=list(row.stages), part=row.part, paper=row.paper,
                  fingerprint=fingerprint(experiment, row), measures=list(experiment.measures))
     subject, split = row.system, measured
     if experiment.passes:

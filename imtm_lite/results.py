@@ -8,7 +8,8 @@ __all__ = ['LIST', 'PAPERS', 'GALLERIES', 'FIGURES', 'SETTINGS', 'NO_COCO', 'ROW
            'differences', 'open_splits', 'compare', 'mean_scores', 'write_json', 'sessions', 'session', 'hours',
            'dry_data', 'changes_of', 'new_record', 'record_path', 'versions', 'earlier_seeds', 'one_seed', 'reproduce',
            'mean_figures', 'verdict', 'report', 'changed', 'conditions', 'seed_line', 'read_records', 'page', 'six',
-           'ours', 'missing', 'figure', 'read_experiment', 'table', 'mean_cell', 'made_by', 'elsewhere']
+           'ours', 'missing', 'figure', 'read_experiment', 'table', 'mean_cell', 'rank_correlation', 'mean_ranks',
+           'made_by', 'elsewhere']
 
 # %% ../nbs/19_results.ipynb #results-03
 import hashlib, json, os, platform, shutil, time
@@ -395,7 +396,25 @@ def mean_cell(seeds: list[dict], path: str, digits: int) -> str:
     "One cell of a table; empty where no seed has the figure."
     values = [figure(row, path) for row in seeds]
     values = [value for value in values if value is not None]
+    if path == 'paper': values = values[:1]                                   # a paper has no seeds
     return spread(values, digits) if values else ''
+
+# %% ../nbs/19_results.ipynb #results-61-c-b
+def rank_correlation(record: dict, one: str = 'rsum', other: str = 'paper') -> float | None:
+    "Spearman's, between two figures' means over the seeds; None for fewer than three rows with both."
+    pairs = []
+    for name in dict.fromkeys(row['name'] for row in record['rows']):
+        seeds = [row for row in record['rows'] if row['name'] == name]
+        pair = [[figure(row, path) for row in seeds] for path in (one, other)]
+        if None not in pair[0] + pair[1]: pairs.append([np.mean(values) for values in pair])
+    if len(pairs) < 3: return None
+    return float(np.corrcoef(mean_ranks(pairs), rowvar=False)[0, 1])
+
+def mean_ranks(pairs) -> np.ndarray: # (N, 2) -> (N, 2); equal values share the mean of their ranks
+    values = np.asarray(pairs)
+    below = (values[None] < values[:, None]).sum(1)                          # (N, 2)
+    equal = (values[None] == values[:, None]).sum(1)
+    return below + (equal - 1) / 2
 
 # %% ../nbs/19_results.ipynb #results-61-d
 def made_by(record: dict) -> str: # Markdown
