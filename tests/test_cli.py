@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from imtm_lite.data import Split
+from imtm_lite.train import read_checkpoint
 
 IMTM = [sys.executable, '-c', 'from imtm_lite.cli import main; main()']
 
@@ -29,6 +30,24 @@ def test_help_has_examples():
 def test_doctor_says_a_line_each():
     out = imtm('doctor')
     assert out.returncode == 0 and out.stdout.count('\n') >= 10 and 'mini detector' in out.stdout
+
+
+def test_doctor_of_a_run_prints_figures_and_alarms(world, run, tmp_path):
+    out = imtm('doctor', run, '--data', world)
+    said = ' '.join(out.stdout.split())
+    assert out.returncode == 0, out.stderr
+    assert all(x in said for x in ('epoch 1', 'best now', 'dev rsum', 'gate regions own', 'score spread others', 'gradient max', '; try ')), said
+    assert 'best now' not in imtm('doctor', run).stdout
+    one_line(imtm('doctor', tmp_path), 'no log.jsonl there')
+
+
+def test_settings_of_the_schedule_reach_the_run(world, tmp_path):
+    words = ['--schedule', 'linear', '--warmup', 2, '--updates', 6, '--accumulate', 2, '--instances', 200, '--drop-regions', .2, '--drop-words', .1, '--candidates', 'none']
+    out = imtm('train', 'vse', '--data', world, '--out', tmp_path / 'run', '--set', 'width=16', '--min-freq', 2, *words)
+    assert out.returncode == 0, out.stderr
+    card = read_checkpoint(tmp_path / 'run/last.safetensors')[0]
+    want = dict(schedule='linear', warmup=2, updates=6, accumulate=2, instances=200, drop_regions=.2, drop_words=.1, candidates=None)
+    assert {k: card['settings'][k] for k in want} == want and card['step'] == 6
 
 
 def test_world_of_a_shape_with_other_numbers(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import imtm_lite.data as data
-from imtm_lite.data import SHAPES, Batch, DataError, Split, batches, check, image_chunks, in_order, need, path_of, plan, scene_numbers, widen, world_bytes, write_world
+from imtm_lite.data import SHAPES, Batch, DataError, Split, batches, check, image_chunks, in_order, need, pair_instances, path_of, plan, scene_numbers, widen, world_bytes, write_world
 from imtm_lite.regions import Regions
 from imtm_lite.scenes import draw, make_scene
 from imtm_lite.text import Captions, Vocab
@@ -202,6 +202,40 @@ def test_order_is_fixed_by_seed_and_epoch():
     drawn = np.stack([np.bincount(np.concatenate(plan(s, size=4, seed=0, epoch=e, per_image=1)), minlength=len(s.caption_image)) for e in range(400)]).mean(0)
     share = 1 / np.bincount(s.caption_image)[s.caption_image]
     assert np.abs(drawn - share).max() < .12                                         # every caption of an image has the same chance
+
+
+@pytest.mark.parametrize('distinct', [True, False])
+def test_batches_of_a_given_weight(distinct):
+    "Filled pair by pair in the order of the epoch, never beyond the limit but for the second pair."
+    for seed in range(20):
+        s, costs = ragged(seed), np.random.default_rng(seed).integers(3, 30, 1000)
+        how = dict(seed=seed, epoch=1, distinct=distinct)
+        whole = plan(s, size=10**6, **how)                                            # the rounds
+        for instances in (1, 40, 100, 10**6):
+            want = []
+            for r in whole:
+                batch, weight = [], 0
+                for c in r:
+                    if len(batch) >= 2 and weight + costs[c] > instances:
+                        want.append(batch)
+                        batch, weight = [], 0
+                    batch.append(c)
+                    weight += costs[c]
+                want.append(batch)
+            got = plan(s, size=2, instances=instances, costs=costs, **how)
+            assert [b.tolist() for b in got] == [b for b in want if len(b) > 1]
+    with pytest.raises(ValueError, match='needs the costs'): plan(s, size=2, instances=10, **how)
+
+
+def test_instances_are_stored_regions_and_tokens(root):
+    s = Split(root, 'train')
+    vocab = Vocab.build(s.captions, 1)
+    costs = pair_instances(s, vocab)
+    assert costs.tolist() == [s.features.shape[1] + len(vocab.encode(c)) for c in s.captions]
+    seen = list(batches(s, vocab, size=4, seed=0, epoch=0, instances=60))
+    assert [b.caption.tolist() for b in seen] == [b.tolist() for b in plan(s, size=4, seed=0, epoch=0, instances=60, costs=costs)]
+    rest = list(batches(s, vocab, size=4, seed=0, epoch=0, instances=60, start=3))
+    assert [b.caption.tolist() for b in rest] == [b.caption.tolist() for b in seen[3:]]
 
 
 def test_batches(root):

@@ -7,11 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from imtm_lite.data import Batch
 from imtm_lite.encoders import KeptBytes, match_by_length
 from imtm_lite.losses import HardestBCE, Triplet
 from imtm_lite.models.camp import CAMP, CAMPStage1, load_released
-from imtm_lite.phrases import Entity, PhraseLabels, TextGraph
 from imtm_lite.regions import Regions
 from imtm_lite.scoring import PeakBytes, chosen_pairs, encode, put_below, rerank, rerank_agreement, score, score_chosen, score_pairs
 from imtm_lite.text import Captions
@@ -28,7 +26,7 @@ VARIANTS = [(name, {}) for name in MODELS] + [('scan', dict(direction='i2t')), (
             *(('camp', a) for a in CAMPS),
             *(('cmsei', a) for a in (dict(spatial='labels', layers=2), dict(spatial='iou', semantic=False), dict(spatial='none', threshold=.5), dict(reasoning='gated'),
                                      dict(object_word=False), dict(object_sentence=0.), dict(word_image=0.), dict(object_word=False, object_sentence=0., word_image=0.))),
-            *(('ssamt', a) for a in (dict(units='entities'), dict(units='triples'), dict(structure=False), dict(local=False), dict(layers=2), dict(phrase_weight=0.))),
+            *(('ssamt', a) for a in (dict(phrases=False), dict(local=False), dict(layers=1))),
             *(('hire', a) for a in (dict(order='explicit-implicit'), dict(order='parallel'), dict(spatial='none', semantic=False)))]
 each = pytest.mark.parametrize('name,arguments', VARIANTS, ids=lambda v: v if isinstance(v, str) else '-'.join(map(str, v.values())))
 
@@ -48,7 +46,7 @@ def ragged(dtype, images=6, captions=9, regions=5, words=8):
 
 def with_phrases(captions, phrases=4):
     "Some phrases for every caption but the last, which has none."
-    kinds = torch.randint(-1, 2, (len(captions), phrases)); kinds[-1] = -1
+    kinds = torch.randint(-1, 3, (len(captions), phrases)); kinds[-1] = -1
     units = (torch.rand(len(captions), phrases, captions.tokens.shape[1]) < .3) & captions.mask[:, None] & (kinds >= 0)[..., None]
     return Captions(tokens=captions.tokens, lengths=captions.lengths, units=units, kinds=kinds.where(units.any(2), -1))
 
@@ -59,8 +57,9 @@ def changed(regions, **new):
 
 
 def make(name, arguments, dtype):
-    facts = dict(region_width=7, words=30, predicates=PREDICATES)
-    matcher = MODELS[name](**{k: v for k, v in facts.items() if k in inspect.signature(MODELS[name]).parameters}, width=16, word_width=6, **arguments)
+    facts = dict(region_width=7, words=30, predicates=PREDICATES, width=16, word_width=6)
+    if name.startswith('ssamt'): facts |= dict(heads=4, feedforward=24)
+    matcher = MODELS[name](**{k: v for k, v in facts.items() if k in inspect.signature(MODELS[name]).parameters}, **arguments)
     for p in matcher.parameters(): p.data += .05 * torch.randn_like(p)        # no layer that starts as zeros may hide
     return matcher.to(dtype).eval()
 
@@ -155,6 +154,21 @@ def test_regions_in_any_order(name, arguments):
     triples = torch.stack([rows[..., 0], regions.triples[..., 1], rows[..., 1]], -1)
     shuffled = changed(regions, features=regions.features[:, order], mask=regions.mask[:, order], boxes=regions.boxes[:, order], triples=triples)
     torch.testing.assert_close(scores_of(matcher, shuffled, captions), scores_of(matcher, regions, captions), atol=1e-12, rtol=0)
+
+
+@each
+def test_a_hidden_region_is_as_if_it_had_never_been(name, arguments):
+    "What `drop_regions` relies on."
+    matcher, (regions, captions) = make(name, arguments, torch.float64), ragged(torch.float64)
+    hidden = changed(regions, mask=regions.mask & (torch.arange(5) != 1))
+    rows = torch.tensor([0, 2, 3, 4])                                                          # without region 1, and without its triples
+    place = torch.tensor([0, -1, 1, 2, 3])
+    ends = torch.where(regions.triples[..., [0, 2]] < 0, -1, place[regions.triples[..., [0, 2]]])
+    triples = torch.stack([ends[..., 0], regions.triples[..., 1], ends[..., 1]], -1)
+    triples[(ends < 0).any(-1)] = -1
+    fewer = changed(regions, features=regions.features[:, rows], mask=regions.mask[:, rows], boxes=regions.boxes[:, rows], triples=triples)
+    have = hidden.mask.any(1)
+    torch.testing.assert_close(scores_of(matcher, hidden, captions)[have], scores_of(matcher, fewer, captions)[have], atol=1e-12, rtol=0)
 
 
 @each
@@ -258,101 +272,6 @@ def test_camp_equals_its_plain_form_on_ragged_input_with_gradients(arguments):
     for x, y in zip(a, b): torch.testing.assert_close(x, y, atol=1e-10, rtol=1e-8)
 
 
-def ssamt_pair_plain(ssamt, regions, captions):
-    "SSAMT for one picture and one sentence without padding: every node a vector, every look a loop."
-    def look(block, x, looks): # x: list of vectors, looks: list of sets
-        y, out, a = [block.norm(v) for v in x], [], block.attend
-        heads = lambda z: z.view(a.heads, -1)
-        for i, allowed in enumerate(looks):
-            js = sorted(allowed)
-            q, k, u = heads(a.query(y[i])), [heads(a.key(y[j])) for j in js], [heads(a.value(y[j])) for j in js]
-            found = []
-            for h in range(a.heads):
-                w = torch.stack([q[h] @ k_[h] for k_ in k]).div(math.sqrt(q.shape[1])).softmax(0)
-                found.append(sum(w_ * u_[h] for w_, u_ in zip(w, u)))
-            out.append(F.normalize(x[i] + a.out(torch.cat(found)), dim=0))
-        return out
-    boxes = regions.boxes[0]
-    area = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))[:, None]
-    v = [F.normalize(ssamt.regions.linear(f), dim=0) + ssamt.place(p) for f, p in zip(regions.features[0], torch.cat([boxes, area], 1))]
-    R = len(v)
-    x = [F.normalize(z, dim=0) for z in (*v, sum(v) / R)]
-    for block in ssamt.image_tower.blocks: x = look(block, x, [set(range(R))] * R + [set(range(R + 1))])
-    v, g = torch.stack(x[:R]), x[R]
-    t = list(ssamt.words(captions)[0])
-    T, wanted = len(t), {'both': (0, 1), 'entities': (0,), 'triples': (1,)}[ssamt.config['units']]
-    units = [(k, set(u.nonzero().flatten().tolist())) for k, u in zip(captions.kinds[0].tolist(), captions.units[0]) if k in wanted]
-    x = [F.normalize(z, dim=0) for z in (*t, *(sum(t[j] for j in u) / len(u) for _, u in units), sum(t) / T)]
-    n = T + len(units)
-    looks = [set(range(T)) for _ in range(T)] + [set() for _ in units] + [set(range(n + 1))]
-    for p, (kind, u) in enumerate(units):
-        looks[T + p] |= u | {T + p}
-        for j in u: looks[j].add(T + p)
-        for q, (other, w) in enumerate(units):
-            if kind == 0 and other == 1 and u <= w: looks[T + p].add(T + q); looks[T + q].add(T + p)
-    if not ssamt.config['structure']: looks = [set(range(n + 1))] * (n + 1)
-    for block in ssamt.text_tower.blocks: x = look(block, x, looks)
-    t, s = torch.stack(x[:T]), x[-1]
-    phrases = [F.cosine_similarity(u, (ssamt.temperature * v @ u).softmax(0) @ v, dim=0) for u in x[T:-1]]
-    scaled = F.leaky_relu(t @ v.T, .1)
-    a = (ssamt.temperature * scaled / scaled.norm(dim=0)).softmax(-1)
-    local = sum(F.cosine_similarity(w, b @ v, dim=0) for w, b in zip(t, a)) / T
-    return s @ g + (local if ssamt.config['local'] else 0), phrases
-
-
-@pytest.mark.parametrize('arguments', [{}, dict(units='entities'), dict(units='triples'), dict(structure=False), dict(local=False), dict(layers=2)])
-def test_ssamt_equals_its_plain_form_on_ragged_input(arguments):
-    torch.manual_seed(0)
-    ssamt, (regions, captions) = make('ssamt', arguments, torch.float64), ragged(torch.float64)
-    images, sentences = ssamt.encode_images(regions), ssamt.encode_captions(captions)
-    scores = ssamt.match(images, sentences)
-    for b in range(len(regions)):
-        agreed = ssamt.phrase_agreement(images[[b] * len(sentences)], sentences)   # (C, P)
-        R = int(regions.mask[b].sum())
-        one = Regions(features=regions.features[b:b + 1, :R], boxes=regions.boxes[b:b + 1, :R])
-        for c, n in enumerate(captions.lengths.tolist()):
-            said = Captions(tokens=captions.tokens[c:c + 1, :n], lengths=captions.lengths[c:c + 1], units=captions.units[c:c + 1, :, :n], kinds=captions.kinds[c:c + 1])
-            score, phrases = ssamt_pair_plain(ssamt, one, said)
-            torch.testing.assert_close(scores[b, c], score, atol=1e-10, rtol=0)
-            if phrases: torch.testing.assert_close(agreed[c, sentences.exists[c]], torch.stack(phrases), atol=1e-10, rtol=0)
-
-
-def test_ssamt_loss_reaches_every_parameter_and_needs_labels():
-    ssamt, (regions, captions) = make('ssamt', {}, torch.float64).train(), ragged(torch.float64, images=6, captions=6)
-    ssamt.criterion = Triplet()
-    batch = Batch(regions, captions, torch.arange(6), torch.arange(6), torch.arange(6))
-    with pytest.raises(ValueError, match='no phrase labels yet'): ssamt(batch)
-    ssamt.labels = PhraseLabels([TextGraph(('a',), tuple(Entity(0, 1, f'{c}{p}') for p in range(4))) for c in range(6)], range(6))
-    losses = ssamt(batch)
-    assert losses.keys() == {'match', 'phrase', 'total'} and losses['phrase'] > 0 and losses['total'] == losses['match'] + losses['phrase']
-    losses['phrase'].backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() and (p.grad.any() or n == 'words.embed.weight') for n, p in ssamt.named_parameters())
-    without = make('ssamt', dict(phrase_weight=0.), torch.float64)
-    without.criterion = Triplet()
-    assert without(batch).keys() == {'match', 'total'}
-
-
-def test_ssamt_penalty_is_that_of_all_pairs_written_out():
-    ssamt, (regions, captions) = make('ssamt', dict(phrase_weight=.7, margin=.3), torch.float64), ragged(torch.float64, images=6, captions=6)
-    ssamt.criterion = Triplet()
-    image = torch.tensor([0, 1, 2, 1, 3, 4])                                  # rows 1 and 3 are one picture
-    named = [[int(x) for x in torch.randint(0, 20, (4,))] for _ in range(6)]
-    ssamt.labels = PhraseLabels([TextGraph(('a',), tuple(Entity(0, 1, str(x)) for x in n)) for n in named], image)
-    images, sentences = ssamt.encode_images(regions), ssamt.encode_captions(captions)
-    scores, agreed, want = ssamt.match(images, sentences), torch.stack([ssamt.phrase_agreement(images[[b] * 6], sentences) for b in range(6)]), 0.
-    said = lambda b: {x for c in range(6) if image[c] == image[b] for x in named[c]}
-    others = lambda k: [j for j in range(6) if image[j] != image[k]]
-    pairs = [(k, max(others(k), key=lambda c: float(scores[k, c].detach()))) for k in range(6)] + [(max(others(k), key=lambda b: float(scores[b, k].detach())), k) for k in range(6)]
-    for b, c in pairs:
-        bad = [u for u in range(4) if sentences.exists[c, u] and named[c][u] not in said(b)]
-        if bad: want += .7 * sum((.3 + agreed[b, c, u] - agreed[c, c, u]).clamp(min=0) for u in bad) / len(bad)
-    got = ssamt.loss(images, sentences, Batch(regions, captions, image, image, torch.arange(6)))['phrase']
-    assert want > 0
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
-    parts = [torch.autograd.grad(x, list(ssamt.parameters()), retain_graph=True, allow_unused=True) for x in (got, want)]
-    for a, b in zip(*parts): assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, rtol=0, atol=1e-11))
-
-
 @each
 def test_what_is_recomputed_changes_neither_score_nor_gradient(name, arguments):
     matcher, (regions, captions) = make(name, arguments, torch.float64), ragged(torch.float64, images=40, captions=20)
@@ -386,9 +305,3 @@ def test_a_tensor_changed_in_place_is_noticed_where_bytes_are_counted():
     with KeptBytes([x]): y = x.exp()
     y.detach().add_(1)
     with pytest.raises(RuntimeError, match='changed in place'): y.sum().backward()
-
-
-def test_ssamt_without_phrases_in_the_captions_says_what_to_do():
-    ssamt, (regions, captions) = make('ssamt', {}, torch.float64), ragged(torch.float64)
-    with pytest.raises(ValueError, match='give the vocabulary a parser'): ssamt.encode_captions(Captions(tokens=captions.tokens, lengths=captions.lengths))
-    with pytest.raises(ValueError, match="units is one of both, entities, triples, not 'words'"): make('ssamt', dict(units='words'), torch.float64)

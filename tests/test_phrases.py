@@ -1,4 +1,4 @@
-"Text graphs, parsers, phrase labels, the phrase penalty and the structure mask: slow loops, invariances, faults."
+"Text graphs, parsers, phrase labels and losses: slow loops, invariances, faults."
 import json
 import random
 import shutil
@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from imtm_lite.data import DataError, Split
-from imtm_lite.phrases import (ENTITY, TRIPLE, GoldParser, PhraseLabels, SpacyParser, TextGraph, chunk, graph_from_spans, graph_from_triples,
-                               lemma, named_parser, phrase_penalty, structure_mask, synonyms)
+from imtm_lite.phrases import (ATTRIBUTE, OBJECT, RELATION, GoldParser, PhraseLabels, SpacyParser, TextGraph, chunk, contained, graph_from_spans,
+                               graph_from_triples, lemma, mean_where, named_parser, phrase_loss, synonyms, tril)
 from imtm_lite.scenes import INVERSE, WORDINGS, describe, make_scene
-from imtm_lite.text import Captions, Vocab
+from imtm_lite.text import Captions, Vocab, tokenize
 
 
 @pytest.fixture(scope='module')
@@ -44,21 +44,32 @@ def test_head_and_modifiers(phrase, head, modifiers):
 
 
 def test_units_and_keys_run_in_one_order():
-    g = graph_from_spans('a man in a hat is riding a horse', [[3, 5, '', 0], [7, 9, '', 0], [0, 2, '', 0]])
-    assert g.units == [(ENTITY, [0, 1]), (ENTITY, [3, 4]), (ENTITY, [7, 8]), (TRIPLE, [0, 1, 2, 3, 4]), (TRIPLE, [0, 1, 6, 7, 8])]
-    assert g.keys == [('man', frozenset()), ('hat', frozenset()), ('horse', frozenset()), ('man', 'in', 'hat'), ('man', 'ride', 'horse')]
-    assert hash(g) == hash(graph_from_spans(' '.join(g.words), [[0, 2, '', 0], [3, 5, '', 0], [7, 9, '', 0]]))
+    g = graph_from_spans('a tall old man in a hat is riding a horse', [[5, 7, '', 0], [9, 11, '', 0], [0, 4, '', 0]])
+    assert g.units == [(OBJECT, [3]), (OBJECT, [6]), (OBJECT, [10]), (ATTRIBUTE, [1, 3]), (ATTRIBUTE, [2, 3]), (RELATION, [3, 4, 6]), (RELATION, [3, 8, 10])]
+    assert g.keys == [('man',), ('hat',), ('horse',), ('tall', 'man'), ('old', 'man'), ('man', 'in', 'hat'), ('man', 'ride', 'horse')]
+    assert g.texts[3:5] == ['tall man', 'old man'] and g.texts[-1] == 'man riding horse'
+    assert hash(g) == hash(graph_from_spans(' '.join(g.words), [[0, 4, '', 0], [5, 7, '', 0], [9, 11, '', 0]]))
+
+
+def test_every_unit_has_words_of_its_own_entities(sample):
+    for caption in sample.captions:
+        g = chunk(caption)
+        assert [k for k, _ in g.units] == sorted(k for k, _ in g.units) and len(g.units) == len(g.keys)
+        for (kind, words), key in zip(g.units, g.keys):
+            assert words == sorted(words) and words
+            if kind != RELATION:
+                assert {lemma(g.words[w]) for w in words} <= set(key)
 
 
 @pytest.mark.parametrize('caption, want', [
-    ('a dog is on a box and is next to a cat', {('dog', 'on', 'box'), ('dog', 'next to', 'cat')}),
-    ('a dog is on a box that is next to a cat', {('dog', 'on', 'box'), ('box', 'next to', 'cat')}),
+    ('a dog is on a box and is next to a cat', {('dog', 'on', 'box'), ('dog', 'next', 'to', 'cat')}),
+    ('a dog is on a box that is next to a cat', {('dog', 'on', 'box'), ('box', 'next', 'to', 'cat')}),
     ('a dog is on a box and a cat is under a chair', {('dog', 'on', 'box'), ('cat', 'under', 'chair')}),
     ('a dog and a cat', set()), ('a dog, a cat', set()), ('a dog . a cat', set()),
-    ('a horse ridden by a woman', {('horse', 'ride by', 'woman')}),
+    ('a horse ridden by a woman', {('horse', 'ride', 'by', 'woman')}),
     ('a woman wearing a hat, holding a cup.', {('woman', 'wear', 'hat'), ('woman', 'hold', 'cup')}),
-    ('a brown dog has a stick', {('dog', 'have', 'stick')}), ('a dog has jumped over a stick', {('dog', 'jump over', 'stick')})])
-def test_rule_for_triples(caption, want): assert {k for k in chunk(caption).keys if len(k) == 3} == want
+    ('a brown dog has a stick', {('dog', 'have', 'stick')}), ('a dog has jumped over a stick', {('dog', 'jump', 'over', 'stick')})])
+def test_rule_for_triples(caption, want): assert {k for (kind, _), k in zip(chunk(caption).units, chunk(caption).keys) if kind == RELATION} == want
 
 
 def test_rule_agrees_with_the_grammar_of_the_world():
@@ -82,8 +93,8 @@ def test_pronouns_are_no_entities():
 
 def test_graph_from_triples():
     g = graph_from_triples('Two men ride horses', [['man', 'ride', 'horse'], ['man', 'wear', 'big hat']])
-    assert g.keys == [('man', frozenset()), ('horse', frozenset()), ('hat', frozenset({'big'})), ('man', 'ride', 'horse'), ('man', 'wear', 'hat')]
-    assert g.units == [(0, [1]), (0, [3]), (0, []), (1, [1, 2, 3]), (1, [1])] # no hat in the sentence: a phrase without words
+    assert g.keys == [('man',), ('horse',), ('hat',), ('big', 'hat'), ('man', 'ride', 'horse'), ('man', 'wear', 'hat')]
+    assert g.units == [(0, [1]), (0, [3]), (0, []), (1, []), (2, [1, 2, 3]), (2, [1])] # no hat in the sentence: phrases without words
     assert graph_from_triples('a dog', []).units == []
 
 
@@ -156,7 +167,7 @@ def test_named_parser(sample):
 @pytest.mark.skipif(not (find_spec('spacy') and find_spec('en_core_web_sm')), reason='spaCy or its small English model is not installed')
 def test_spacy_parser():
     g = SpacyParser()('A man in a red shirt is holding a cup, and he looks at two dogs.')
-    assert {('man', frozenset()), ('shirt', frozenset({'red'})), ('cup', frozenset()), ('dog', frozenset({'two'})), ('man', 'hold', 'cup')} <= set(g.keys)
+    assert {('man',), ('shirt',), ('red', 'shirt'), ('cup',), ('two', 'dog'), ('man', 'hold', 'cup')} <= set(g.keys)
     assert all(span and max(span) < len(g.words) for _, span in g.units) and SpacyParser()('').units == []
 
 
@@ -202,153 +213,100 @@ def random_graphs(seed, n=30):
     return [one() for _ in range(n)], [rng.randrange(6) for _ in range(n)]
 
 
-def labels_loops(graphs, image, images, captions, units, same):
-    norm = lambda k: (same.get(k[0], k[0]), *k[1:-1], k[-1] if len(k) == 2 else same.get(k[2], k[2]))
-    out = torch.zeros(len(images), len(captions), units, dtype=torch.bool)
-    for b, i in enumerate(images.tolist()):
-        for c, cap in enumerate(captions.tolist()):
-            for p, key in enumerate(graphs[cap].keys[:units]):
-                for g, own in zip(graphs, image):
-                    for k in g.keys if own == i else ():
-                        a, o = norm(key), norm(k)
-                        if len(a) == len(o) and (a == o or len(a) == 2 and a[0] == o[0] and a[1] <= o[1]): out[b, c, p] = True
-    return out
+def keys_of(graph, same):
+    "Keys of the phrases, and of the tokens; an empty one for punctuation."
+    norm = lambda key: tuple(same.get(w, w) for w in key)
+    tokens = [lemma(t) for t in tokenize(' '.join(graph.words))]
+    return [norm(k) for k in graph.keys], [norm((t,)) if t else () for t in tokens]
+
+
+def inside(small, large):
+    "Whether the words of one key stand side by side in the other."
+    return any(large[k:k + len(small)] == small for k in range(len(large)))
+
+
+def labels_loops(graphs, image, images, captions, P, T, same):
+    matched, mismatched = torch.zeros(2, len(images), P + T, dtype=torch.bool)
+    for n, (i, c) in enumerate(zip(images.tolist(), captions.tolist())):
+        own = [k for g, at in zip(graphs, image) if at == i for part in keys_of(g, same) for k in part]
+        phrases, tokens = keys_of(graphs[c], same)
+        columns = list(enumerate(phrases[:P])) + [(P + 1 + t, k) for t, k in enumerate(tokens[:T - 1])]
+        for column, key in columns:
+            if key:
+                true = any(inside(key, label) for label in own)
+                (matched if true else mismatched)[n, column] = True
+    return matched, mismatched
 
 
 @pytest.mark.parametrize('same', [{}, {'cat': 'dog', 'dog': 'dog'}])
 def test_labels_against_loops(same):
-    for seed in range(15):
+    for seed in range(12):
         graphs, image = random_graphs(seed)
-        labels = PhraseLabels(graphs, image, same)
-        images, captions = torch.randint(6, (4,), generator=torch.Generator().manual_seed(seed)), torch.randperm(30, generator=torch.Generator().manual_seed(seed))[:7]
-        widest = max(len(g.keys) for g in graphs)
-        for units in (widest, widest + 3, 2): assert labels.matched(images, captions, units).equal(labels_loops(graphs, image, images, captions, units, same))
+        labels, g = PhraseLabels(graphs, image, same), torch.Generator().manual_seed(seed)
+        images, captions = torch.randint(6, (9,), generator=g), torch.randint(30, (9,), generator=g)
+        widest, longest = max(len(x.keys) for x in graphs), max(len(x.words) for x in graphs) + 2
+        for P, T in ((widest, longest), (widest + 3, longest + 4), (2, 3), (0, 5)):
+            for got, want in zip(labels.matched(images, captions, P, T), labels_loops(graphs, image, images, captions, P, T, same)): assert got.equal(want)
 
 
 def test_labels_properties():
     graphs, image = random_graphs(3)
-    labels, all_ = PhraseLabels(graphs, image), torch.arange(30)
-    own = labels.matched(torch.tensor(image), all_, 12)[all_, all_] # every phrase of an own caption is matched, nothing beyond
-    assert own.equal(torch.arange(12) < torch.tensor([len(g.keys) for g in graphs])[:, None])
-    g = [graph_from_spans('a big red shirt', [[0, 4, '', 0]]), graph_from_spans('a red shirt', [[0, 3, '', 0]]), TextGraph(())]
-    m = PhraseLabels(g, [0, 1, 2]).matched(torch.arange(3), torch.arange(3), 1)[..., 0]
-    assert m.tolist() == [[True, True, False], [False, True, False], [False, False, False]] # upwards only; a picture without phrases matches nothing
-    long = graph_from_spans(text := ' '.join([f'm{k}' for k in range(14)] + ['dog']), [[0, 15, '', 0]])
-    assert PhraseLabels([long], [0]).matched(torch.tensor([0]), torch.tensor([0]), 1).item(), text
-    assert PhraseLabels([TextGraph(())], [0]).matched(torch.tensor([0]), torch.tensor([0]), 3).tolist() == [[[False] * 3]]
+    labels, own = PhraseLabels(graphs, image), torch.arange(30)
+    matched, mismatched = labels.matched(torch.tensor(image), own, 12, 0)     # every phrase of an own caption is matched, nothing beyond
+    assert not mismatched.any() and matched.equal(torch.arange(12) < torch.tensor([len(g.keys) for g in graphs])[:, None])
+    g = [chunk('a man wears a red shirt .'), chunk('a shirt'), chunk('a red hat')]
+    labels = PhraseLabels(g, [0, 1, 2])
+    matched, mismatched = labels.matched(torch.tensor([0, 1, 0]), torch.tensor([1, 0, 2]), 4, 9)
+    assert matched[0, :1].all() and g[1].keys == [('shirt',)]                 # a shirt is part of a red shirt
+    assert g[0].keys == [('man',), ('shirt',), ('red', 'shirt'), ('man', 'wear', 'shirt')]
+    assert matched[1, :4].tolist() == [False, True, False, False] and mismatched[1, :4].tolist() == [True, False, True, True]
+    assert mismatched[2, :2].all()                                            # a hat is not there, and nothing red that is a hat
+    words = matched[1, 4:], mismatched[1, 4:]
+    assert words[0].tolist() == [False, True, False, False, True, False, True, False, False]   # <start> a man wears a red shirt . <end>
+    assert words[1].tolist() == [False, False, True, True, False, True, False, False, False]
+    empty = PhraseLabels([TextGraph(())], [0]).matched(torch.tensor([0]), torch.tensor([0]), 3, 2)
+    assert not empty[0].any() and not empty[1].any()
     with pytest.raises(ValueError, match='30 graphs for 29 captions'): PhraseLabels(graphs, image[1:])
 
 
-# ---------------------------------------------------------------- the penalty
-
-def penalty_loops(a, matched, exists, images, captions, margin):
-    out = []
-    for i, c in zip(images.tolist(), captions.tolist()):
-        bad = [u for u in range(a.shape[2]) if exists[c, u] and not matched[i, c, u]]
-        out.append(sum(max(0., float(margin + a[i, c, u] - a[c, c, u])) for u in bad) / len(bad) if bad else 0.)
-    return torch.tensor(out, dtype=torch.float64)
+def test_contained_runs():
+    assert contained(('man', 'on', 'horse')) == {('man',), ('on',), ('horse',), ('man', 'on'), ('on', 'horse'), ('man', 'on', 'horse')}
 
 
-def of_pairs(a, matched, exists, images, captions):
-    "What the penalty is given of all agreements: those of the wrong pairs, those of the own ones, and which phrases are mismatched."
-    return a[images, captions], a[captions, captions], exists[captions] & ~matched[images, captions]
+# ---------------------------------------------------------------- the losses
 
-
-def test_penalty_against_loops_with_finite_gradients():
+def test_phrase_loss_against_loops_with_finite_gradients():
     for seed in range(60):
         g = torch.Generator().manual_seed(seed)
-        B, N, P = (int(torch.randint(1, 6, (), generator=g)) for _ in range(3))
-        share = torch.rand(3, generator=g)
-        a = torch.randn(B, B, P, generator=g, dtype=torch.float64)
-        exists, matched = torch.rand(B, P, generator=g) < share[0], torch.rand(B, B, P, generator=g) < share[1]
-        images, captions = torch.randint(B, (2, N), generator=g)
-        cells = a.masked_fill(~exists, float(('nan', 'inf', '-inf')[seed % 3])).requires_grad_() # what stands in padding must not matter
-        cost = phrase_penalty(*of_pairs(cells, matched, exists, images, captions), .3)
-        torch.testing.assert_close(cost.detach(), penalty_loops(a, matched, exists, images, captions, .3), rtol=0, atol=1e-12)
+        N, U = (int(torch.randint(1, 7, (), generator=g)) for _ in range(2))
+        cosine = torch.randn(N, U, generator=g, dtype=torch.float64)
+        label = torch.randint(3, (N, U), generator=g)                         # neither, matched, mismatched
+        want = []
+        for row, kind in zip(cosine.tolist(), label.tolist()):
+            good, bad = ([x for x, k in zip(row, kind) if k == which] for which in (1, 2))
+            want.append(max(0., .3 - sum(good) / len(good) + sum(bad) / len(bad)) if good and bad else 0.)
+        noisy = cosine.masked_fill(label == 0, float(('nan', 'inf', '-inf')[seed % 3])).requires_grad_()
+        cost = phrase_loss(noisy, label == 1, label == 2, .3)
+        torch.testing.assert_close(cost.detach(), torch.tensor(want, dtype=torch.float64), rtol=0, atol=1e-12)
         cost.sum().backward()
-        assert cells.grad.isfinite().all() and (cells.grad[:, ~exists] == 0).all()
+        assert noisy.grad.isfinite().all() and not noisy.grad[label == 0].any()
 
 
-@pytest.mark.parametrize('corner', ['no phrase', 'all matched', 'no pair', 'no column'])
-def test_penalty_is_zero_where_nothing_is_wrong(corner):
-    B, P, N = 3, 0 if corner == 'no column' else 4, 0 if corner == 'no pair' else 3
-    a = torch.randn(B, B, P, requires_grad=True)
-    exists = torch.full((B, P), corner != 'no phrase')
-    matched = torch.full((B, B, P), corner == 'all matched')
-    cost = phrase_penalty(*of_pairs(a, matched, exists, torch.arange(N), (torch.arange(N) + 1) % B))
-    assert cost.tolist() == [0.] * N
-    cost.sum().backward()
-    assert not a.grad.any()
+def test_losses_in_full_precision_and_of_one_shape():
+    half, none = torch.zeros(2, 3).half(), torch.ones(2, 3, dtype=torch.bool)
+    assert phrase_loss(half, none, none, .2).dtype == tril(half, half, .2).dtype == torch.float32
+    with pytest.raises(ValueError, match='expected one shape'): tril(half, half[:1], .2)
+    with pytest.raises(ValueError, match='expected .N, U. three times'): phrase_loss(half, none[:, :2], none, .2)
+    assert tril(torch.tensor([.5, .1]), torch.tensor([.1, .1]), .2).tolist() == pytest.approx([0., .2])
+    assert mean_where(torch.tensor([[1., 2., 3.], [4., 5., 6.]]), torch.tensor([[True, False, True], [False] * 3])).tolist() == [2., 0.]
 
 
-def test_penalty_spares_matched_phrases_and_counts_in_full_precision():
-    a, pairs = torch.zeros(2, 2, 2), (torch.tensor([0, 1]), torch.tensor([1, 0]))
-    exists, matched = torch.ones(2, 2, dtype=torch.bool), torch.zeros(2, 2, 2, dtype=torch.bool)
-    matched[0, 1, 0] = True
-    b = a.clone()
-    b[0, 1, 0] = 100.
-    given = of_pairs(a, matched, exists, *pairs)
-    assert phrase_penalty(*of_pairs(b, matched, exists, *pairs)).equal(phrase_penalty(*given))
-    assert phrase_penalty(*of_pairs(a.half(), matched, exists, *pairs)).dtype == torch.float32
-    with pytest.raises(ValueError, match='expected .N, P.'): phrase_penalty(given[0], given[1][:1], given[2])
-    with pytest.raises(ValueError, match='bad .2, 2, 2.'): phrase_penalty(*given[:2], matched)
-
-
-def test_penalty_compares_a_phrase_with_itself():
-    "What a phrase agrees with every picture alike costs nothing: levels of their own change no penalty."
-    g = torch.Generator().manual_seed(0)
-    a, level = torch.randn(4, 4, 5, generator=g, dtype=torch.float64), 10 * torch.randn(4, 5, generator=g, dtype=torch.float64)
-    exists, matched = torch.rand(4, 5, generator=g) < .8, torch.rand(4, 4, 5, generator=g) < .3
-    pairs = torch.randint(4, (2, 20), generator=g)
-    cost = phrase_penalty(*of_pairs(a, matched, exists, *pairs))
-    assert cost.any()
-    torch.testing.assert_close(phrase_penalty(*of_pairs(a + level, matched, exists, *pairs)), cost, rtol=0, atol=1e-12)
-
-
-# ---------------------------------------------------------------- the mask, and captions with phrases
-
-def mask_loops(captions):
-    C, P, T = captions.units.shape
-    out = torch.zeros(C, T + P + 1, T + P + 1, dtype=torch.bool)
-    for c in range(C):
-        words = range(int(captions.lengths[c]))
-        span = {p: {t for t in range(T) if captions.units[c, p, t]} for p in range(P)}
-        span = {p: s for p, s in span.items() if s}
-        for i in words:
-            for j in words: out[c, i, j] = True
-        for p, s in span.items():
-            out[c, T + p, T + p] = True
-            for t in s: out[c, T + p, t] = out[c, t, T + p] = True
-            for q, r in span.items():
-                if captions.kinds[c, p] == ENTITY and captions.kinds[c, q] == TRIPLE and s <= r: out[c, T + p, T + q] = out[c, T + q, T + p] = True
-        for n in [*words, *(T + p for p in span), T + P]: out[c, T + P, n] = True
-    return out
-
+# ---------------------------------------------------------------- captions with phrases
 
 def cut(captions, max_words=47):
     vocab = Vocab.build(captions, min_freq=1)
     vocab.parser = chunk
     return Captions.from_text(captions, vocab, max_words=max_words)
-
-
-def test_mask_against_loops(sample):
-    captions = cut([*sample.captions[:25], 'running away', 'a', ' '.join(['a big dog on'] * 50)]) # no phrase; one word; 200 words
-    assert structure_mask(captions).equal(mask_loops(captions))
-    captions = cut(sample.captions[:25], max_words=6)                                             # phrases that are cut in the middle
-    assert structure_mask(captions).equal(mask_loops(captions))
-
-
-def test_mask_leaves_padding_alone(sample):
-    captions = cut([sample.captions[0], 'away', ' '.join(['a red dog near'] * 12)])
-    mask = structure_mask(captions)
-    nodes = torch.cat([captions.mask, captions.units.any(2), torch.ones(3, 1, dtype=torch.bool)], 1)
-    assert not mask[~nodes].any() and not mask.transpose(1, 2)[~nodes].any()
-    assert not mask[:, :-1, -1].any() and mask[:, -1].equal(nodes)
-    alone = structure_mask(cut([sample.captions[0]]))[0]
-    T, P = (cut([sample.captions[0]]).units.shape[k] for k in (2, 1))
-    keep = [*range(T), *(captions.units.shape[2] + p for p in range(P)), mask.shape[1] - 1]
-    assert mask[0][keep][:, keep].equal(alone)
-    with pytest.raises(ValueError, match='give the vocabulary a parser'): structure_mask(Captions.from_ids([[1, 2]]))
 
 
 def test_words_behind_the_cut_leave_phrases_without_tokens():
@@ -357,15 +315,14 @@ def test_words_behind_the_cut_leave_phrases_without_tokens():
     assert len(chunk(text).units) == captions.units.shape[1] and int(captions.lengths) == 49
     there = captions.units.any(2)[0]
     assert there.any() and not there.all() and (captions.kinds[0] == -1).equal(~there)
-    labels = PhraseLabels([chunk(text)], [0]).matched(torch.tensor([0]), torch.tensor([0]), captions.units.shape[1])
-    assert labels.shape == (1, 1, captions.units.shape[1])
+    matched, _ = PhraseLabels([chunk(text)], [0]).matched(torch.tensor([0]), torch.tensor([0]), *captions.units.shape[1:])
+    assert matched.shape == (1, sum(captions.units.shape[1:])) and matched[0, -48:-1].all()
 
 
 def test_a_caption_without_a_phrase():
     captions = cut(['running away', 'a dog'])
     assert captions.kinds[0].eq(-1).all() and not captions.units[0].any()
-    graphs = [chunk('running away'), chunk('a dog')]
-    matched = PhraseLabels(graphs, [0, 1]).matched(torch.arange(2), torch.arange(2), 1)
-    assert matched.tolist() == [[[False], [False]], [[False], [True]]]
-    cost = phrase_penalty(*of_pairs(torch.zeros(2, 2, 1), matched, captions.units.any(2), torch.tensor([0, 1]), torch.tensor([1, 0])))
-    torch.testing.assert_close(cost, torch.tensor([.2, 0.]))                     # 'a dog' is wrong in the first picture; nothing in the other caption can be
+    labels = PhraseLabels([chunk('running away'), chunk('a dog')], [0, 1])
+    matched, mismatched = labels.matched(torch.tensor([0, 1]), torch.tensor([1, 0]), 1, 4)
+    assert not matched.any()
+    assert mismatched.tolist() == [[True, False, True, True, False], [False, False, True, True, False]]

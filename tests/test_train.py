@@ -1,20 +1,31 @@
 "Runs that can be repeated, killed and resumed; checkpoints that say what they are."
-import os, shutil, signal, subprocess, sys, time
+import math, os, shutil, signal, subprocess, sys, time
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from accelerate import Accelerator
 
 import imtm_lite
 
-from imtm_lite.data import DataError, Split, batches
-from imtm_lite.losses import Triplet
+import imtm_lite.train as train_module
+
+from imtm_lite.attention import SCAN, attend
+from imtm_lite.data import Batch, DataError, Split, batches, image_chunks
+from imtm_lite.encoders import VSE
+from imtm_lite.losses import HardestBCE, Triplet
 from imtm_lite.phrases import chunk
-from imtm_lite.train import (FORMAT, CheckpointError, Log, SettingError, check_fits, learning_rate, probe_accuracy, read_checkpoint, recipe, split_recall,
+from imtm_lite.regions import Regions
+from imtm_lite.scoring import chosen_pairs, encode, rerank, rerank_agreement
+from imtm_lite.text import UNK, Captions
+from imtm_lite.train import (CANDIDATES, FORMAT, MODELS, TRIED, CheckpointError, Log, SettingError, check_fits, diagnose, drop_regions, drop_words,
+                             gradient_figures, health, is_mean, learning_rate, probe_accuracy, read_checkpoint, recipe, score_split, split_recall,
                              split_scores, train, train_recipe, train_step, write_checkpoint)
+from tests.test_matchers import make, ragged
 
 QUICK = dict(arguments=dict(width=16, word_width=8), epochs=2, size=20, lr=2e-3, per_image=2, min_freq=2, decay_at=(1,), device='cpu', progress=False)
 
@@ -167,18 +178,238 @@ def test_recipes_name_their_faults():
     assert [s['arguments'].get('gate') for s in recipe('camp', 'demo', dict(arguments=dict(gate='none')))] == [None, 'none']
 
 
+def test_a_linear_rate_ends_at_zero_with_the_run():
+    at = lambda step: learning_rate(step, 0, lr=2., warmup=10, decay_at=(0,), decay=.1, schedule='linear', total=110)
+    assert [at(0), at(9), at(10), at(60), at(109)] == pytest.approx([.2, 2., 2., 1., .02])
+    assert learning_rate(110, 0, lr=2., warmup=10, decay_at=(), decay=.1, schedule='linear', total=110) == 0
+
+
+def rates(out): return [line['lr'] for line in Log(out / 'log.jsonl').lines() if 'lr' in line]
+
+
+def test_a_run_of_so_many_updates_ends_there_and_its_rate_at_zero(world, tmp_path):
+    settings = QUICK | dict(size=4, epochs=1, schedule='linear', warmup=4, updates=60)      # 40 batches an epoch
+    train('vse', world, tmp_path / 'a', **settings)
+    card = read_checkpoint(tmp_path / 'a/last.safetensors')[0]
+    assert (card['step'], card['epoch'], card['skip']) == (60, 2, 0)
+    assert rates(tmp_path / 'a') == pytest.approx([2e-3 * (60 - s) / 56 for s in (19, 39, 59)])
+    before = (tmp_path / 'a/last.safetensors').read_bytes()
+    train('vse', world, tmp_path / 'a', resume=True, **settings)                              # it has ended
+    assert (tmp_path / 'a/last.safetensors').read_bytes() == before
+    with pytest.raises(CheckpointError, match='the run has updates 60'): train('vse', world, tmp_path / 'a', resume=True, **settings | dict(updates=80))
+
+
+def test_a_linear_run_cannot_be_made_longer_and_counts_its_steps(world, tmp_path):
+    settings = QUICK | dict(size=4, epochs=2, schedule='linear', accumulate=3)                # 14 steps an epoch, the last of one batch
+    train('vse', world, tmp_path / 'a', **settings)
+    assert read_checkpoint(tmp_path / 'a/last.safetensors')[0]['step'] == 28
+    assert rates(tmp_path / 'a') == pytest.approx([2e-3 * (28 - 19) / 28])
+    with pytest.raises(CheckpointError, match='the run has epochs 2'): train('vse', world, tmp_path / 'a', resume=True, **settings | dict(epochs=3))
+    with pytest.raises(SettingError, match='warmup is 90 steps, and the run has 28'): train('vse', world, tmp_path / 'b', **settings | dict(warmup=90))
+
+
+def gradient_of(matcher, parts, items):
+    "What a step leaves in the gradients: its rate is 0."
+    train_step(matcher, parts, torch.optim.SGD(matcher.parameters(), lr=0.), Accelerator(cpu=True), 1e9, items=items)
+    return torch.cat([p.grad.flatten() for p in matcher.parameters() if p.grad is not None])
+
+
+def test_parts_of_a_batch_are_added_where_the_loss_is_a_sum_and_averaged_where_it_is_a_mean(run, world):
+    matcher, split = imtm_lite.load(run).double(), Split(world, 'train')
+    parts = [b.each(lambda x: x.to(torch.float64) if hasattr(x, 'features') else x) for b in islice(batches(split, matcher.vocab, size=8, seed=0, epoch=0), 3)]
+    parts[2] = Batch(parts[2].regions[:5], parts[2].captions[:5], parts[2].image[:5], parts[2].caption_image[:5], parts[2].caption[:5])
+    class Own(torch.nn.Module):                                                               # looks at matching pairs alone, so parts and whole agree
+        hardest = True
+        def __init__(self, mean): super().__init__(); self.mean = mean
+        def forward(self, scores, same): return (1 - scores.diagonal()).square().mean() if self.mean else (1 - scores.diagonal()).square().sum()
+    for mean in (False, True):
+        matcher.criterion, matcher.mean_loss = Own(mean), mean
+        losses = [float(matcher(p)['total'].detach()) for p in parts]
+        got, norm = train_step(matcher, parts, torch.optim.SGD(matcher.parameters(), lr=0.), Accelerator(cpu=True), 1e9, items=21)
+        want = sum(x * len(p) for x, p in zip(losses, parts)) / 21 if mean else sum(losses) / 21
+        assert got == pytest.approx(want)
+        alone = [gradient_of(matcher, [p], len(p)) for p in parts]
+        weighted = sum(g * len(p) / 21 for g, p in zip(alone, parts)) if mean else sum(alone)
+        torch.testing.assert_close(gradient_of(matcher, parts, 21), weighted, rtol=1e-9, atol=1e-12)
+        assert norm == pytest.approx(float(weighted.norm()))
+    soft = HardestBCE(hardest=False)
+    matcher.criterion, matcher.mean_loss = soft, False
+    assert is_mean(matcher)
+    soft.hardest = True
+    assert not is_mean(matcher)
+
+
+def test_a_step_of_several_batches_is_the_run_of_their_sum(world, tmp_path):
+    "The loss of a step is that of its pairs: the log of 3 x 7 pairs has as many lines as that of 21."
+    for name, how in (('parts', dict(size=7, accumulate=3)), ('whole', dict(size=21))):
+        train('vse', world, tmp_path / name, **QUICK | how | dict(epochs=2, decay_at=()))
+    a, b = (read_checkpoint(tmp_path / n / 'last.safetensors')[0]['step'] for n in ('parts', 'whole'))
+    assert a == b == 16
+
+
+def test_dropped_regions_are_as_if_they_had_never_been(run):
+    torch.manual_seed(0)
+    real = torch.arange(9) < torch.randint(1, 10, (2000, 1))
+    regions = Regions(features=torch.rand(2000, 9, 3), mask=real)
+    for share in (0., .2, .999):
+        got = drop_regions(regions, share)
+        assert not (got.mask & ~real).any() and (got.mask.sum(1) >= 1).all() and got.features is regions.features
+        several = real.sum(1) > 4
+        assert float(got.mask[several].sum() / real[several].sum()) == pytest.approx(max(1 - share, float(several.sum() / real[several].sum())), abs=.03)
+    one = drop_regions(regions[real.sum(1) == 1], .999)
+    assert one.mask.equal(regions[real.sum(1) == 1].mask)                                     # the last one stays
+    torch.manual_seed(1); a = drop_regions(regions, .5).mask
+    torch.manual_seed(1); assert drop_regions(regions, .5).mask.equal(a)
+
+
+def test_dropped_words_are_unknown_and_the_frame_stays():
+    torch.manual_seed(0)
+    captions = Captions.from_ids([[1, *range(10, 10 + n), 2] for n in torch.randint(1, 20, (500,)).tolist()])
+    got = drop_words(captions, .3, UNK)
+    gone = got.tokens != captions.tokens
+    assert (got.tokens[gone] == UNK).all() and got.lengths.equal(captions.lengths)
+    inside = captions.tokens >= 10
+    assert not (gone & ~inside).any() and float(gone.sum() / inside.sum()) == pytest.approx(.3, abs=.02)
+    assert drop_words(captions, 0., UNK).tokens.equal(captions.tokens)
+
+
+def test_what_is_dropped_changes_the_run(world, run, tmp_path):
+    for name, change in (('regions', dict(drop_regions=.2)), ('words', dict(drop_words=.2))):
+        train('scan', world, tmp_path / name, **QUICK | change)
+        assert not same(run / 'last.safetensors', tmp_path / f'{name}/last.safetensors')
+
+
+class TwoLooks(VSE):
+    "A matcher whose pairs are said to be expensive, with a first look that is nearly right."
+    asked = 0
+    def first_scores(self, images, captions):
+        v, t = images.vector.clone(), captions.vector
+        v[:, ::7] = 0
+        return v @ t.T
+
+    def pairs(self, images, captions):
+        self.asked += len(images)
+        return super().pairs(images, captions)
+
+
+def test_a_split_is_scored_exactly_or_by_two_looks_and_says_so(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(train_module.MODELS, 'vse', TwoLooks)
+    best = train('vse', world, tmp_path / 'exact', **QUICK)
+    matcher, dev = imtm_lite.load(best), Split(world, 'dev')
+    exact, record = score_split(matcher, dev, matcher.vocab)
+    assert record == dict(scored='exactly', pairs=24 * 120) and matcher.asked == 0
+    monkeypatch.setattr(train_module, 'EXACT_PAIRS', 1000)
+    got, record = score_split(matcher, dev, matcher.vocab, candidates=4)
+    images, sentences = encode(matcher.encode_images, image_chunks(dev)), encode(matcher.encode_captions, [dev.encoded(matcher.vocab)[:]])
+    first = matcher.first_scores(images, sentences)
+    torch.testing.assert_close(got, rerank(matcher, images, sentences, first, candidates=4), rtol=0, atol=1e-6)
+    assert record['scored'] == 'reranked' and record['candidates'] == 4 and record['pairs'] == chosen_pairs(first, 4).sum()
+    found = rerank_agreement(matcher, images, sentences, first, candidates=4, sample=TRIED)
+    assert record['agreement'] == {str(k): round(x, 1) for k, x in found.items()}
+    assert score_split(matcher, dev, matcher.vocab)[1]['candidates'] == CANDIDATES and score_split(matcher, dev, matcher.vocab, candidates=0)[0].equal(exact)
+    torch.testing.assert_close(score_split(matcher, dev, matcher.vocab, candidates=1000)[0], exact, rtol=0, atol=1e-6)
+    train('vse', world, tmp_path / 'two', candidates=5, **QUICK)
+    said = [line['scored'] for line in Log(tmp_path / 'two/log.jsonl').lines() if 'dev' in line]
+    assert [s['candidates'] for s in said] == [5, 5] and all(s['pairs'] < 24 * 120 for s in said)
+    assert read_checkpoint(tmp_path / 'two/best.safetensors')[0]['scored']['scored'] == 'reranked'
+
+
+# ---------------------------------------------------------------- health
+
+class Shown(SCAN):
+    "A SCAN that shows messages, gates and stages."
+    def messages_of(self, images, captions):
+        a, b = attend(images, captions, 4.)[1], attend(captions, images, 9.)[1].transpose(0, 1)
+        return torch.einsum('bcrt,ctd->bcrd', a, captions.x), torch.einsum('bctr,brd->bctd', b, images.x)
+
+    def gates(self, images, captions):
+        to_regions, to_words = self.messages_of(images, captions)
+        return torch.sigmoid(to_regions), torch.sigmoid(to_words.sum(-1))                     # one element-wise, one scalar
+
+    def stages(self, regions):
+        v = self.regions(regions)
+        return {'encoder': v, 'reasoning': v + 3 * v.mean(1, keepdim=True)}
+
+
+def test_figures_of_health_are_those_of_plain_loops():
+    torch.manual_seed(0)
+    matcher, (regions, captions) = Shown(region_width=7, words=30, width=8, word_width=4).double(), ragged(torch.float64, images=5, captions=5)
+    with torch.no_grad():
+        got = health(matcher.train(), regions, captions)
+        assert matcher.training                                                               # as it was
+        v, t = matcher.encode_images(regions), matcher.encode_captions(captions)
+        scores, (to_regions, to_words), (gate_r, gate_t), stages = matcher.match(v, t), matcher.messages_of(v, t), matcher.gates(v, t), matcher.stages(regions)
+    n, have, words = range(5), [int(m.sum()) for m in v.mask], captions.lengths.tolist()
+    mean = lambda some: float(sum(some) / len(some))
+    def alike(x, counts):                                                                     # x: a list of (L, D)
+        return mean([mean([F.cosine_similarity(z[i], z[j], dim=0) for i in range(k) for j in range(k) if i != j]) for z, k in zip(x, counts) if k > 1])
+    def long(x, counts): return mean([z[i].norm() for z, k in zip(x, counts) for i in range(k)])
+    own, others = [scores[k, k] for k in n], [scores[b, c] for b in n for c in n if b != c]
+    want = dict(region_length=long(v.x, have), region_cosine=alike(v.x, have), word_length=long(t.x, words), word_cosine=alike(t.x, words),
+                score_difference=mean(own) - mean(others), score_spread_own=float(torch.stack(own).std()), score_spread_others=float(torch.stack(others).std()))
+    want |= {f'region_cosine.{name}': alike(x, have) for name, x in stages.items()}
+    for side, messages, counts in (('regions', to_regions, have), ('words', to_words, words)):
+        mine = [messages[k, k] for k in n]
+        want |= {f'message_length_{side}': long(mine, counts), f'message_cosine_{side}': alike(mine, counts)}
+    for side, gate, count in (('regions', gate_r.mean(-1), lambda b, c: have[b]), ('words', gate_t, lambda b, c: words[c])):
+        want[f'gate_{side}_own'] = mean([gate[k, k, i] for k in n for i in range(count(k, k))])
+        want[f'gate_{side}_others'] = mean([gate[b, c, i] for b in n for c in n if b != c for i in range(count(b, c))])
+    assert got.keys() == want.keys()
+    for name in want: assert got[name] == pytest.approx(want[name], rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_every_matcher_has_figures_of_health(name):
+    matcher, (regions, captions) = make(name, {}, torch.float32), ragged(torch.float32)
+    figures = health(matcher, regions, captions[:6])
+    assert {'score_difference', 'score_spread_own', 'score_spread_others'} <= figures.keys() and all(map(math.isfinite, figures.values()))
+    state = torch.get_rng_state()
+    assert health(matcher, regions, captions[:6]) == figures and torch.get_rng_state().equal(state)   # looking changes nothing
+    diagnose(figures)
+
+
+def test_alarms_sound_where_they_should():
+    fine = dict(score_difference=.4, score_spread_own=.1, score_spread_others=.1, region_length=1., word_length=1.2, region_cosine=.5)
+    names = lambda **change: [a.name for a in diagnose(fine | change)]
+    assert names() == [] and diagnose(dict(score_difference=.4, score_spread_own=.1, score_spread_others=.1)) == []
+    assert names(score_difference=.001, score_spread_others=.001) == ['collapsed']
+    assert names(score_difference=.004, score_spread_others=.1) == ['blind'] == names(score_difference=-.3)
+    assert names(region_cosine=.95) == ['over-smoothed']
+    assert names(**{'region_cosine.encoder': .4, 'region_cosine.implicit': .61}) == ['over-smoothed']
+    assert names(**{'region_cosine.encoder': .4, 'region_cosine.implicit': .55, 'region_cosine.explicit': .7}) == []
+    assert names(region_length=14.) == ['drowned'] == names(message_length_regions=.05) == names(message_length_words=20.)
+    assert names(message_cosine_regions=.999) == ['alike']
+    for alarm in diagnose(fine | dict(region_length=14., region_cosine=.95)): assert '; try ' in str(alarm) and '\n' not in str(alarm)
+
+
+def test_a_run_logs_its_health_once_an_epoch(run):
+    lines = [line for line in Log(run / 'log.jsonl').lines() if 'health' in line]
+    assert [line['epoch'] for line in lines] == [0, 1]
+    for line in lines: assert {'region_length', 'word_cosine', 'score_difference', 'gradient_mean', 'gradient_max'} <= line['health'].keys()
+    assert gradient_figures([1., 3., float('inf')]) == dict(gradient_mean=2., gradient_max=3.) and gradient_figures([]) == {}
+
+
 def test_learning_rate_warms_up_and_falls():
     at = lambda step, epoch: learning_rate(step, epoch, lr=1., warmup=10, decay_at=(2, 4), decay=.1)
     assert [at(0, 0), at(9, 0), at(50, 1)] == [.1, 1., 1.]
     assert at(100, 2) == pytest.approx(.1) and at(200, 4) == pytest.approx(.01)
 
 
-def test_training_learns(world, tmp_path):
-    "On its own training pictures, ten epochs lift the recall far above what an untrained model has."
-    first = imtm_lite.load(train('scan', world, tmp_path / 'a', **QUICK | dict(epochs=1, lr=0.)))
-    after = imtm_lite.load(train('scan', world, tmp_path / 'b', **QUICK | dict(epochs=10, per_image=None, arguments=dict(width=32, word_width=16), decay_at=())))
-    own = Split(world, 'train')
-    assert split_recall(after, own, after.vocab).rsum > 2 * split_recall(first, own, first.vocab).rsum
+LEARNS = dict(arguments=dict(width=64, word_width=32), epochs=8, soft_epochs=2, size=20, lr=3e-3, min_freq=2, decay_at=(), device='cpu', progress=False)
+
+
+@pytest.mark.parametrize('threads,seed', [(1, 0), (1, 1), (2, 0)])
+def test_training_learns(world, tmp_path, threads, seed):
+    "On its own training pictures, eight epochs lift the recall far above what an untrained model has, whatever the last bits are."
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try: best = train('scan', world, tmp_path / 'run', seed=seed, **LEARNS)
+    finally: torch.set_num_threads(before)
+    matcher, own = imtm_lite.load(best), Split(world, 'train')
+    untrained = imtm_lite.load(train('scan', world, tmp_path / 'untrained', seed=seed, **LEARNS | dict(epochs=1, lr=0.)))
+    assert split_recall(untrained, own, untrained.vocab).rsum < 80
+    assert split_recall(matcher, own, matcher.vocab).rsum > 300              # found: 500 to 560 of 600
+    assert Log(tmp_path / 'run/log.jsonl').lines()[-1]['alarms'] == []
 
 
 def test_probe_accuracy_counts_by_kind(run, world):
@@ -223,7 +454,8 @@ def test_ssamt_trains_resumes_and_comes_back_with_its_parser(world, tmp_path):
 
 
 @pytest.mark.parametrize('change', [dict(epochs='abc'), dict(lr='x'), dict(size=1), dict(criterion='foo'), dict(distinct='no'), dict(precision='half'),
-                                    dict(per_image='all'), dict(epochs=2.5), dict(margin=True)])
+                                    dict(per_image='all'), dict(epochs=2.5), dict(margin=True), dict(schedule='cosine'), dict(updates=0),
+                                    dict(accumulate=0), dict(instances=1.5), dict(drop_regions=1.), dict(drop_words='some'), dict(candidates=-1)])
 def test_settings_that_cannot_be_are_refused_in_one_line(change, world, tmp_path):
     for wrong in (lambda: recipe('camp', 'demo', change), lambda: train('scan', world, tmp_path / 'x', **QUICK | change)):
         with pytest.raises(SettingError, match=next(iter(change))) as fault: wrong()

@@ -12,7 +12,7 @@ import sys
 import time
 
 from imtm_lite.data import Split
-from imtm_lite.phrases import graph_from_spans, graph_from_triples, implied, named_parser, normal, synonyms
+from imtm_lite.phrases import OBJECT, RELATION, contained, graph_from_spans, graph_from_triples, named_parser, normal, synonyms, word_keys
 
 percent = lambda n, of: f'{100 * n / max(1, of):5.1f}'
 
@@ -31,26 +31,41 @@ def spans(data: str, name: str):
           f'without pronouns {percent(sum(len(a & b) for a, b in zip(found, things)), sum(map(len, things)))}; {1000 * seconds / len(said):.2f} ms a caption')
 
 
+def keys_of(graph, kind: int) -> set: # of the phrases of one kind
+    return {key for key, (k, _) in zip(graph.keys, graph.units) if k == kind}
+
+
+def share(rule, same: dict, graphs, pictures, strangers) -> tuple[list, list]: # both [wrong, all] for objects, attributes, relations, words
+    "Phrases of a held-out caption called mismatched, and of another picture's captions called matched."
+    said = []
+    for graph in graphs:
+        units = [(kind, normal(key, same)) for key, (kind, _) in zip(graph.keys, graph.units)]
+        said.append(units + [(3, normal(key, same)) for key in word_keys(graph) if key])
+    true = [set().union(*(rule(key) for _, key in some)) if some else set() for some in said]
+    own, other = ([[0, 0] for _ in range(4)] for _ in range(2))
+    for mine, theirs in zip(pictures, strangers):
+        stranger = set().union(*(true[c] for c in theirs))
+        for c in mine:
+            rest = set().union(*(true[x] for x in mine if x != c))
+            for kind, key in said[c]:
+                for count, wrong in ((own, key not in rest), (other, key in stranger)):
+                    count[kind][0] += wrong
+                    count[kind][1] += 1
+    return own, other
+
+
 def labels(data: str, name: str):
-    "Per cent of held-out captions' phrases called mismatched, and of other pictures' phrases called matched; entities, then triples."
+    "Per cent of held-out captions' units called mismatched, and of other pictures' units called matched: objects, attributes, relations, words."
     dev = Split(data, 'dev')
-    parse = named_parser(name, dev)
+    parse, rng = named_parser(name, dev), random.Random(0)
     graphs, same = [parse(c) for c in dev.captions], synonyms(Split(data, 'train'))
-    said = [g.keys for g in graphs]
-    head = lambda k: (k[0],) if len(k) == 2 else (k[0], k[2])
-    rules = {'equal keys': (lambda k: k, lambda k: [k]), 'our rule': (lambda k: k, implied), 'our rule, synonyms': (lambda k: normal(k, same), implied),
-             'heads only': (head, lambda k: [k]), 'heads only, synonyms': (lambda k: head(normal(k, same)), lambda k: [k])}
-    for rule, (form, follows) in rules.items():
-        true = [{form(x) for k in keys for x in follows(k)} for keys in said]
-        own, other, rng = [[0, 0], [0, 0]], [[0, 0], [0, 0]], random.Random(0)
-        for row in range(dev.n_images):
-            mine = dev.captions_of(row).tolist()
-            stranger = set().union(*(true[c] for c in dev.captions_of((row + rng.randrange(1, dev.n_images)) % dev.n_images)))
-            for c in mine:
-                rest = set().union(*(true[x] for x in mine if x != c))
-                for k in said[c]:
-                    for count, wrong in ((own, form(k) not in rest), (other, form(k) in stranger)): count[len(k) - 2][0] += wrong; count[len(k) - 2][1] += 1
-        print(f'{name}, {rule}: held out, called mismatched {percent(*own[0])} {percent(*own[1])}; of another picture, called matched {percent(*other[0])} {percent(*other[1])}')
+    pictures = [dev.captions_of(row).tolist() for row in range(dev.n_images)]
+    strangers = [pictures[(row + rng.randrange(1, dev.n_images)) % dev.n_images] for row in range(dev.n_images)]
+    rules = {'equal keys': (lambda key: {key}, {}), 'contained': (contained, {}), 'contained, synonyms': (contained, same)}
+    for rule, (follows, alike) in rules.items():
+        own, other = share(follows, alike, graphs, pictures, strangers)
+        counts = ' '.join(str(n) for _, n in own)
+        print(f'{name}, {rule}: held out, called mismatched {" ".join(percent(*x) for x in own)}; of another picture, called matched {" ".join(percent(*x) for x in other)}; of {counts}')
 
 
 def agreement(file: str, name: str):
@@ -58,9 +73,9 @@ def agreement(file: str, name: str):
     parse, count = named_parser(name), {k: [0, 0, 0] for k in ('triples', 'heads of triples', 'entities of a picture')}
     for line in open(file, encoding='utf-8'):
         pairs = [(parse(c['text']), graph_from_triples(c['text'], c['triples'])) for c in json.loads(line)['captions']]
-        three = [tuple({k for k in g.keys if len(k) == 3} for g in pair) for pair in pairs]
-        one = tuple({k[0] for pair in pairs for k in pair[side].keys if len(k) == 2} for side in (0, 1))
-        two = [tuple({(k[0], k[2]) for k in keys} for keys in pair) for pair in three]
+        three = [tuple(keys_of(g, RELATION) for g in pair) for pair in pairs]
+        one = tuple(set().union(*(keys_of(pair[side], OBJECT) for pair in pairs)) for side in (0, 1))
+        two = [tuple({(k[0], k[-1]) for k in keys} for keys in pair) for pair in three]
         for what, some in (('triples', three), ('heads of triples', two), ('entities of a picture', [one])):
             for ours, its in some: count[what] = [n + m for n, m in zip(count[what], (len(ours & its), len(its), len(ours)))]
     for what, (both, its, ours) in count.items(): print(f'{name}, {what}: of its in ours {percent(both, its)}, of ours in its {percent(both, ours)}')
