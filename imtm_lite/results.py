@@ -107,7 +107,7 @@ PARTNERS = {'boxes': 'sizes', 'triples': 'predicates'}
 
 def needs(model: str) -> tuple[str, ...]: # keys of FILES
     "What a system reads beside features, captions and ids."
-    small = dict(region_width=8, words=8, predicates=1, width=8, word_width=8)
+    small = dict(region_width=8, words=8, predicates=1, width=8, word_width=8, heads=2)
     return build(model, arguments_for(model, small)).needs
 
 def files(row: Row) -> list[str]:
