@@ -438,7 +438,7 @@ def elsewhere(folder: str | Path) -> str: # Markdown
     for r in read('graphs-seed*.json'):
         for name, m in r['rows'].items():
             if name == m['model']: found.setdefault(('generated world', r['budget'], name), []).append(m['rsum'])
-    for r in read('flickr8k-*.json'): found.setdefault(('Flickr8k dev', r['budget'], r['model']), []).append(r['rsum'])
+    for r in (r for r in read('flickr8k-*.json') if 'model' in r): found.setdefault(('Flickr8k dev', r['budget'], r['model']), []).append(r['rsum'])
     for r in read('graphs-flickr8k.json'):
         for m in r['rows'].values():
             if not m['arguments']: found.setdefault(('Flickr8k dev', r['budget'], m['model']), []).append(m['rsum'])
