@@ -8,7 +8,8 @@ __all__ = ['LIST', 'PAPERS', 'GALLERIES', 'FIGURES', 'SETTINGS', 'NO_COCO', 'ROW
            'differences', 'open_splits', 'compare', 'mean_scores', 'write_json', 'sessions', 'session', 'hours',
            'dry_data', 'changes_of', 'new_record', 'record_path', 'versions', 'earlier_seeds', 'one_seed', 'reproduce',
            'mean_figures', 'verdict', 'report', 'changed', 'conditions', 'seed_line', 'read_records', 'page', 'six',
-           'ours', 'missing', 'figure', 'read_experiment', 'table', 'mean_cell', 'made_by', 'elsewhere']
+           'ours', 'missing', 'figure', 'read_experiment', 'table', 'mean_cell', 'rank_correlation', 'mean_ranks',
+           'made_by', 'elsewhere']
 
 # %% ../nbs/19_results.ipynb #results-03
 import hashlib, json, os, platform, shutil, time
@@ -106,7 +107,7 @@ PARTNERS = {'boxes': 'sizes', 'triples': 'predicates'}
 
 def needs(model: str) -> tuple[str, ...]: # keys of FILES
     "What a system reads beside features, captions and ids."
-    small = dict(region_width=8, words=8, predicates=1, width=8, word_width=8)
+    small = dict(region_width=8, words=8, predicates=1, width=8, word_width=8, heads=2)
     return build(model, arguments_for(model, small)).needs
 
 def files(row: Row) -> list[str]:
@@ -395,7 +396,25 @@ def mean_cell(seeds: list[dict], path: str, digits: int) -> str:
     "One cell of a table; empty where no seed has the figure."
     values = [figure(row, path) for row in seeds]
     values = [value for value in values if value is not None]
+    if path == 'paper': values = values[:1]                                   # a paper has no seeds
     return spread(values, digits) if values else ''
+
+# %% ../nbs/19_results.ipynb #results-61-c-b
+def rank_correlation(record: dict, one: str = 'rsum', other: str = 'paper') -> float | None:
+    "Spearman's, between two figures' means over the seeds; None for fewer than three rows with both."
+    pairs = []
+    for name in dict.fromkeys(row['name'] for row in record['rows']):
+        seeds = [row for row in record['rows'] if row['name'] == name]
+        pair = [[figure(row, path) for row in seeds] for path in (one, other)]
+        if None not in pair[0] + pair[1]: pairs.append([np.mean(values) for values in pair])
+    if len(pairs) < 3: return None
+    return float(np.corrcoef(mean_ranks(pairs), rowvar=False)[0, 1])
+
+def mean_ranks(pairs) -> np.ndarray: # (N, 2) -> (N, 2); equal values share the mean of their ranks
+    values = np.asarray(pairs)
+    below = (values[None] < values[:, None]).sum(1)                          # (N, 2)
+    equal = (values[None] == values[:, None]).sum(1)
+    return below + (equal - 1) / 2
 
 # %% ../nbs/19_results.ipynb #results-61-d
 def made_by(record: dict) -> str: # Markdown
@@ -419,7 +438,7 @@ def elsewhere(folder: str | Path) -> str: # Markdown
     for r in read('graphs-seed*.json'):
         for name, m in r['rows'].items():
             if name == m['model']: found.setdefault(('generated world', r['budget'], name), []).append(m['rsum'])
-    for r in read('flickr8k-*.json'): found.setdefault(('Flickr8k dev', r['budget'], r['model']), []).append(r['rsum'])
+    for r in (r for r in read('flickr8k-*.json') if 'model' in r): found.setdefault(('Flickr8k dev', r['budget'], r['model']), []).append(r['rsum'])
     for r in read('graphs-flickr8k.json'):
         for m in r['rows'].values():
             if not m['arguments']: found.setdefault(('Flickr8k dev', r['budget'], m['model']), []).append(m['rsum'])

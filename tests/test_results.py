@@ -119,7 +119,7 @@ def test_records_enter_the_page_and_dry_runs_do_not(tmp_path):
 # files
 
 def test_what_a_row_is_made_from():
-    assert {m: needs(m) for m in PAPERS} == dict(camp=(), ssamt=('boxes',), cmsei=('boxes', 'triples'), hire=('boxes', 'triples'))
+    assert {m: needs(m) for m in PAPERS} == dict(camp=(), ssamt=(), cmsei=('boxes', 'triples'), hire=('boxes', 'triples'))
     assert files(ROWS['camp-coco-5k']) == ['{train,dev,testall}_ims.npy', '{train,dev,testall}_caps.txt', '{train,dev,testall}_ids.txt']
     assert {'predicates.txt', '{train,dev,test}_img_sizes.npy'} < set(files(ROWS['hire-f30k']))
 
@@ -170,7 +170,7 @@ def test_an_ensemble_is_the_mean_of_the_score_matrices(world, tmp_path):
 
 def test_a_real_run_goes_from_the_files_to_the_page(world, tmp_path, monkeypatch):
     "The row's own names, at the world's sizes and with a preset for seconds."
-    stage = dict(model='ssamt', arguments=dict(width=16, word_width=8), size=40, per_image=1, epochs=1, min_freq=2)
+    stage = dict(model='ssamt', arguments=dict(width=16, heads=2, feedforward=16), size=40, per_image=1, epochs=1, min_freq=2)
     monkeypatch.setitem(RECIPES['ssamt'], 'f30k', [stage])
     monkeypatch.setitem(PROTOCOLS, 'f30k-1k', Protocol('f30k-1k', 24, 120))
     monkeypatch.setitem(PICTURES, 'f30k', dict(train=80, dev=24, test=24))
