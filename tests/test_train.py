@@ -65,7 +65,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(world, run, t
 RICH = dict(schedule='linear', warmup=3, accumulate=3, instances=160, drop_regions=.2, drop_words=.2) # everything that has a state or a count
 
 
-@pytest.mark.parametrize('more', [{}, RICH, RICH | dict(updates=13, schedule='steps')], ids=['plain', 'rich', 'updates'])
+@pytest.mark.parametrize('more', [{}, RICH | dict(updates=13)], ids=['plain', 'rich'])
 def test_killed_at_any_moment_a_run_goes_on_to_the_same_weights(world, tmp_path, more):
     settings = QUICK | dict(epochs=4) | more
     train('camp-stage1', world, tmp_path / 'whole', **settings)
@@ -395,12 +395,12 @@ def test_learning_rate_warms_up_and_falls():
     assert at(100, 2) == pytest.approx(.1) and at(200, 4) == pytest.approx(.01)
 
 
-LEARNS = dict(arguments=dict(width=64, word_width=32), epochs=8, soft_epochs=2, size=20, lr=3e-3, min_freq=2, decay_at=(), device='cpu', progress=False)
+LEARNS = dict(arguments=dict(width=64, word_width=32), epochs=6, soft_epochs=2, size=20, lr=3e-3, min_freq=2, decay_at=(), device='cpu', progress=False)
 
 
 @pytest.mark.parametrize('threads,seed', [(1, 0), (1, 1), (2, 0)])
 def test_training_learns(world, tmp_path, threads, seed):
-    "On its own training pictures, eight epochs lift the recall far above what an untrained model has, whatever the last bits are."
+    "On its own training pictures, six epochs lift the recall far above what an untrained model has, whatever the last bits are."
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try: best = train('scan', world, tmp_path / 'run', seed=seed, **LEARNS)
@@ -408,7 +408,7 @@ def test_training_learns(world, tmp_path, threads, seed):
     matcher, own = imtm_lite.load(best), Split(world, 'train')
     untrained = imtm_lite.load(train('scan', world, tmp_path / 'untrained', seed=seed, **LEARNS | dict(epochs=1, lr=0.)))
     assert split_recall(untrained, own, untrained.vocab).rsum < 80
-    assert split_recall(matcher, own, matcher.vocab).rsum > 300              # found: 500 to 560 of 600
+    assert split_recall(matcher, own, matcher.vocab).rsum > 250              # found: 454 to 551 of 600, five seeds with one thread, three with two
     assert Log(tmp_path / 'run/log.jsonl').lines()[-1]['alarms'] == []
 
 
