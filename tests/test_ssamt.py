@@ -408,6 +408,19 @@ def test_phase_two_starts_from_phase_one_and_leaves_it_alone():
         assert value.equal(before[name]) == name.startswith('intra.'), name
 
 
+def test_dropped_nodes_only_in_training():
+    matcher = make(SSAMTIntra, drop=.5)
+    regions, captions = ragged(4, 4)
+    assert matcher.encode_images(regions).vector.equal(matcher.encode_images(regions).vector)
+    assert not matcher.intra.lost(captions.mask).any()
+    matcher.train()
+    for layer in matcher.modules():
+        if isinstance(layer, torch.nn.Dropout): layer.p = 0.
+    assert not matcher.encode_images(regions).vector.equal(matcher.encode_images(regions).vector)
+    share = matcher.intra.lost(torch.ones(100, 100, dtype=torch.bool)).double().mean()
+    assert .4 < share < .6
+
+
 def test_soft_criterion_means_all_alike():
     matcher = make(SSAMTIntra)
     assert matcher.hardness == 20.
