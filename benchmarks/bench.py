@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.plain import PLAIN
+from benchmarks.plain import PLAIN, form
 from imtm_lite.cli import commit
 from imtm_lite.data import Split, batches, plan
 from imtm_lite.losses import Triplet
@@ -60,7 +60,9 @@ def items(n_images: int, n_captions: int, seed: int = 0) -> tuple[Regions, Capti
 
 def build(name: str, width: int, region_width: int = 64):
     torch.manual_seed(0)
-    return MODELS[name](**arguments_for(name, dict(region_width=region_width, words=WORDS, predicates=20)), width=width, word_width=32).eval()
+    model, arguments = form(name)
+    known = arguments_for(model, dict(region_width=region_width, words=WORDS, predicates=20, width=width, word_width=32))
+    return MODELS[model](**known, **arguments).eval()
 
 
 @torch.no_grad()

@@ -7,12 +7,12 @@ __all__ = ['FILES', 'REQUIRED', 'PIECE', 'TOLERANCE', 'FIRST_SCENE', 'SCENES_PER
            'LOOKS', 'path_of', 'DataError', 'read_header', 'open_array', 'read_lines', 'read_captions', 'read_ids',
            'read_caption_image', 'Split', 'check_width', 'check_repeats', 'open_optional', 'need', 'JsonLines',
            'good_triples', 'good_phrases', 'good_probe', 'copy_row', 'read_features', 'read_boxes', 'read_labels',
-           'read_triples', 'read_regions', 'read_picture', 'fingerprint', 'plan', 'cut_by_size', 'cut_by_instances',
-           'pair_instances', 'Encoded', 'Batch', 'in_order', 'batches', 'image_chunks', 'scene_numbers', 'scene_texts',
-           'widen', 'world_chunk', 'npy_header', 'SplitWriter', 'world_bytes', 'check_shape', 'make_room',
-           'write_world', 'rows_in_chunks', 'look_at_features', 'look_at_captions', 'look_at_boxes', 'look_at_sizes',
-           'look_at_labels', 'look_at_scores', 'look_at_triples', 'look_at_phrases', 'look_at_probes', 'Report',
-           'check']
+           'read_triples', 'read_regions', 'read_picture', 'fingerprint', 'plan', 'cut_by_size', 'Encoded',
+           'cut_by_instances', 'pair_instances', 'Batch', 'in_order', 'batches', 'image_chunks', 'scene_numbers',
+           'scene_texts', 'widen', 'world_chunk', 'npy_header', 'SplitWriter', 'world_bytes', 'check_shape',
+           'make_room', 'write_world', 'rows_in_chunks', 'look_at_features', 'look_at_captions', 'look_at_boxes',
+           'look_at_sizes', 'look_at_labels', 'look_at_scores', 'look_at_triples', 'look_at_phrases', 'look_at_probes',
+           'Report', 'check']
 
 # %% ../nbs/03_data.ipynb #data-03
 import hashlib, io, json, multiprocessing, os, re, shutil, signal, threading
@@ -486,26 +486,6 @@ def cut_by_size(order: np.ndarray, size: int) -> list[np.ndarray]:
     "Pieces of `size` captions; the last one may be shorter."
     return [order[i:i + size] for i in range(0, len(order), size)]
 
-# %% ../nbs/03_data.ipynb #data-83-b
-def cut_by_instances(order: np.ndarray, # caption indices
-                     costs: np.ndarray, # (M,) instances of each caption's pair
-                     instances: int,    # a piece holds at most so many, but two pairs in any case
-                    ) -> list[np.ndarray]:
-    "Pieces of about the same weight; the last one may be lighter."
-    total = costs[order].cumsum()                                                  # of everything up to and with a pair
-    pieces, start = [], 0
-    while start < len(order):
-        before = total[start - 1] if start else 0
-        end = int(np.searchsorted(total, before + instances, side='right'))
-        end = max(end, start + 2)
-        pieces.append(order[start:end])
-        start = end
-    return pieces
-
-def pair_instances(split: Split, vocab: Vocab) -> np.ndarray: # (M,)
-    "Instances of each caption's pair: the rows stored for a picture, and the caption's tokens with <start> and <end>."
-    return split.features.shape[1] + split.encoded(vocab).lengths.numpy()
-
 # %% ../nbs/03_data.ipynb #data-85
 class Encoded:
     "All captions of a split as ids, end to end; `encoded[rows]` is a padded batch."
@@ -527,6 +507,26 @@ class Encoded:
         at = (starts[:, None] + column).clamp(max=len(self.flat) - 1)              # (C, T)
         found = Captions(tokens=self.flat[at].long() * (column < lengths[:, None]), lengths=lengths)
         return found if self.phrases is None else found.with_units([self.phrases[c] for c in torch.arange(len(self))[rows].tolist()])
+
+# %% ../nbs/03_data.ipynb #data-87-b
+def cut_by_instances(order: np.ndarray, # caption indices
+                     costs: np.ndarray, # (M,) instances of each caption's pair
+                     instances: int,    # a piece holds at most so many, but two pairs in any case
+                    ) -> list[np.ndarray]:
+    "Pieces of about the same weight; the last one may be lighter."
+    total = costs[order].cumsum()                                                  # of everything up to and with a pair
+    pieces, start = [], 0
+    while start < len(order):
+        before = total[start - 1] if start else 0
+        end = int(np.searchsorted(total, before + instances, side='right'))
+        end = max(end, start + 2)
+        pieces.append(order[start:end])
+        start = end
+    return pieces
+
+def pair_instances(split: Split, vocab: Vocab) -> np.ndarray: # (M,)
+    "Instances of each caption's pair: the rows stored for a picture, and the caption's tokens with <start> and <end>."
+    return split.features.shape[1] + split.encoded(vocab).lengths.numpy()
 
 # %% ../nbs/03_data.ipynb #data-89
 @dataclass

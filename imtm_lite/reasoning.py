@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .encoders import masked_mean
+
 # %% ../nbs/07_graph_reasoning.ipynb #graph-reasoning-16
 EPS = 1e-6 # least length to divide by: PyTorch's own, 1e-12, is 0 in float16, and padding would become 0 / 0
 
@@ -91,22 +93,28 @@ class ImplicitReasoning(nn.Module):
     "Every region attends to every region of its picture; a graph may bias it by a learned scalar per relation and head (after ReGAT's label bias, but unmasked and per head). After Hire; equation ours."
     def __init__(self, width: int,      # joint width D
                  relations: int = 0,    # channels of the graph, K; 0: no graph
-                 *, heads: int = 4):
+                 *, heads: int = 4,
+                 centred: bool = True): # take away what all regions of a picture receive alike
         super().__init__()
         if relations < 0: raise ValueError(f'relations is a number of channels, 0 for none, not {relations}')
         self.norm, self.attend = nn.LayerNorm(width), MaskedAttention(width, heads=heads)
         self.bias = nn.Parameter(torch.zeros(relations, heads)) if relations else None
+        self.centred = centred
         nn.init.zeros_(self.attend.out.weight)                                      # starts as the identity
+
+    def logits(self, graph: Tensor | None) -> Tensor | None: # (B, R, R, K) -> (B, heads, R, R)
+        "What the graph adds to the attention's logits."
+        if self.bias is None: return None
+        given = 0 if graph is None else graph.shape[-1]
+        if given != len(self.bias): raise ValueError(f'a graph of {given} relations for a layer of {len(self.bias)}')
+        return (graph.to(self.bias.dtype) @ self.bias).permute(0, 3, 1, 2)
 
     def forward(self, v: Tensor,        # (B, R, D) of unit length, zeros at padding
                 graph: Tensor | None,   # (B, R, R, K); not looked at without relations
                 mask: Tensor,           # (B, R) True where a region exists
                ) -> Tensor:             # (B, R, D) of unit length, zeros at padding
         "Self-attention among the regions that exist, residual."
-        bias = None
-        if self.bias is not None:
-            found = 0 if graph is None else graph.shape[-1]
-            if found != len(self.bias): raise ValueError(f'a graph of {found} relations for a layer of {len(self.bias)}')
-            bias = (graph.to(v.dtype) @ self.bias).permute(0, 3, 1, 2)              # (B, heads, R, R)
         x = self.norm(v)
-        return F.normalize(v + self.attend(x, x, mask[:, None], bias), dim=-1, eps=EPS) * mask[..., None]
+        update = self.attend(x, x, mask[:, None], self.logits(graph))               # (B, R, D)
+        if self.centred: update = update - masked_mean(update, mask)[:, None]
+        return F.normalize(v + update, dim=-1, eps=EPS) * mask[..., None]

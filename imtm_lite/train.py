@@ -449,7 +449,7 @@ def gradient_figures(norms: list[float]) -> dict[str, float]:
     return dict(gradient_mean=float(f'{sum(finite) / len(finite):.4g}'), gradient_max=float(f'{max(finite):.4g}'))
 
 # %% ../nbs/18_training.ipynb #training-24-j
-LIMITS = dict(equal=.01, ahead=.1, smooth=.9, rise=.2, drowned=10., alike=.99)
+LIMITS = dict(equal=.01, ahead=.1, smooth=.9, rise=.2, drowned=5., alike=.99)
 
 @dataclass(frozen=True)
 class Alarm:
@@ -492,7 +492,7 @@ def diagnose(f: dict[str, float]) -> list[Alarm]:
     "Alarms that the figures of an epoch give reason for."
     alarms = []
     if abs(f['score_difference']) < LIMITS['equal'] and f['score_spread_others'] < LIMITS['equal']:
-        seen = f"all scores are equal (matching pairs {f['score_difference']:.4f} ahead, others spread by {f['score_spread_others']:.4f})"
+        seen = f"all scores are nearly equal (matching pairs {f['score_difference']:.4f} ahead, others spread by {f['score_spread_others']:.4f})"
         alarms.append(Alarm('collapsed', seen, 'one or two more soft epochs, a warm-up, a lower learning rate, or a warm start'))
     elif f['score_difference'] < LIMITS['ahead'] * f['score_spread_others']:
         seen = f"matching pairs are {f['score_difference']:.4f} ahead, but others spread by {f['score_spread_others']:.4f}: they are not told apart"
@@ -686,6 +686,7 @@ class Run:
         if not self.processes.main: torch.manual_seed(settings['seed'] + self.processes.rank)
         self.epoch, self.skip, self.step, self.best_rsum, self.recent = 0, 0, 0, -1., []
         self.norms = []                                                        # of the gradient, of this epoch's steps
+        self.alarmed = set()                                                   # names of the last epoch's alarms
         self.unknown = UNK if isinstance(self.vocab, Vocab) else self.vocab.unk
         if settings['drop_words'] and self.unknown is None: raise SettingError('drop_words: this text model has no piece for unknown words')
         self.total = self.steps_in_all() if settings['schedule'] == 'linear' else None
@@ -786,13 +787,14 @@ def say_scored(record: dict) -> str:
             f'of the exact best pictures among the candidates, {found}')
 
 def look_after(run: Run, epoch: int):
-    "Figures of health, in the log once an epoch; alarms in words on the screen."
+    "Figures of health, in the log once an epoch; on the screen, in words, alarms that the epoch before did not have."
     if run.processes.main:
         figures = health(run.matcher, *health_sample(run.dev, run.vocab), memory=run.memory) | gradient_figures(run.norms)
         alarms = diagnose(figures)
         run.note(step=run.step, epoch=epoch, health=figures, alarms=[a.name for a in alarms])
-        if run.progress:
-            for a in alarms: tqdm.write(f'{run.model} {epoch + 1}: {a}')
+        for a in alarms:
+            if run.progress and a.name not in run.alarmed: tqdm.write(f'{run.model} {epoch + 1}: {a}')
+        run.alarmed = {a.name for a in alarms}
     run.norms = []
 
 # %% ../nbs/18_training.ipynb #training-39

@@ -9,7 +9,7 @@ from tests.test_matchers import make, ragged
 
 from benchmarks import memory
 from benchmarks.bench import PlainLoader
-from benchmarks.plain import PLAIN
+from benchmarks.plain import PLAIN, form
 from imtm_lite.data import Split, batches, plan
 from imtm_lite.text import Vocab
 
@@ -18,7 +18,7 @@ from imtm_lite.text import Vocab
 @pytest.mark.parametrize('name', PLAIN)
 def test_plain_and_fast_agree_with_gradients(name, dtype, tolerance):
     torch.manual_seed(1)
-    matcher, (regions, captions) = make(name, {}, dtype), ragged(dtype)
+    matcher, (regions, captions) = make(*form(name), dtype), ragged(dtype)
     images, sentences = matcher.encode_images(regions), matcher.encode_captions(captions)
     fast, plain = matcher.match(images, sentences), PLAIN[name](matcher, images, sentences)
     torch.testing.assert_close(plain, fast, atol=tolerance, rtol=0)

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from imtm_lite.data import DataError, Split
-from imtm_lite.models.cmsei import edge_influence
+from imtm_lite.models.cmsei import LEVELS, edge_influence
 from imtm_lite.models.hire import ORDERS
 from imtm_lite.regions import Regions
 from imtm_lite.train import CheckpointError, SettingError, build, check_fits, load, train
-from tests.test_matchers import changed, make, ragged
+from tests.test_matchers import changed, make, ragged, scores_of
 
 
 def reason_plain(layer, v, graph):
@@ -22,51 +22,153 @@ def reason_plain(layer, v, graph):
     return torch.stack(out)
 
 
-def pair_plain(model, v, t, graphs):
-    "Score of one picture and one sentence without padding; v (R, D) before reasoning."
-    for name, graph in graphs.items():
-        for layer in model.reasoning[name]: v = reason_plain(layer, v, graph)
+def look_plain(x, y, temperature):
+    "SCAN's weights of each of x over y."
+    scaled = F.leaky_relu(x @ y.T, .1)
+    return (temperature * scaled / scaled.norm(dim=0)).softmax(-1)
+
+
+def weighed_plain(model, v, t):
+    "The form that refines nothing: one picture (R, D) after reasoning and one sentence (T, D), no padding."
+    choose, count = (level * model.config[name] for name, level in LEVELS.items())
     s = F.normalize(t.mean(0), dim=0)
-    alpha = (model.levels[0] * v @ s).softmax(0)
+    alpha = (choose * v @ s).softmax(0)
+    if not model.config['object_word']:
+        g = F.normalize(v.mean(0), dim=0)
+        beta = (count * t @ g).softmax(0)
+        return (F.cosine_similarity(s, alpha @ v, dim=0) + F.cosine_similarity(g, beta @ t, dim=0)) / 2
     g = F.normalize(alpha @ v, dim=0)
-    beta = (model.levels[1] * t @ g).softmax(0)
-    scaled = F.leaky_relu(t @ v.T, .1)
-    scaled = scaled / scaled.norm(dim=0, keepdim=True)
-    a = (model.temperature * scaled).softmax(-1)
+    beta = (count * t @ g).softmax(0)
+    a = look_plain(t, v, model.config['temperature'])
     return sum(beta[j] * F.cosine_similarity(t[j], a[j] @ v, dim=0) for j in range(len(t)))
 
 
-@pytest.mark.parametrize('arguments', [{}, dict(spatial='polar', layers=2), dict(spatial='none'), dict(semantic=False), dict(object_sentence=0.), dict(word_image=0.)], ids=str)
-def test_cmsei_equals_its_plain_form_on_ragged_input_with_gradients(arguments):
-    model, (regions, captions) = make('cmsei', arguments, torch.float64), ragged(torch.float64, images=3, captions=4)
+def refined_plain(model, v, t):
+    "Objects and words refine each other, every vector formed: one picture (R, D) after reasoning and one sentence (T, D)."
+    R, T, on = len(v), len(t), model.config
+    if on['object_word']:
+        over_regions, over_words = look_plain(t, v, on['temperature']), look_plain(v, t, on['object_temperature'])
+    else:
+        over_regions, over_words = torch.full((T, R), 1 / R).to(v), torch.full((R, T), 1 / T).to(v)
+
+    def told(x, message, gate): # x plus a message of length one, as loud as the gate is open
+        if gate not in model.gate: return x
+        message = message / message.norm()
+        cosine = x @ message / x.norm()
+        return x + torch.sigmoid(model.gate[gate].slope * cosine + model.gate[gate].bias) * message
+    objects = [told(v[r], sum(over_words[r, j] * t[j] for j in range(T)), 'object') for r in range(R)]
+    words = [told(t[j], sum(over_regions[j, r] * v[r] for r in range(R)), 'word') for j in range(T)]
+    objects = [told(o, sum(t) / T, 'sentence') for o in objects]
+    words = [told(w, sum(v) / R, 'image') for w in words]
+    score = 0.
+    for j in range(T):
+        for r in range(R):
+            agreed = F.cosine_similarity(objects[r], words[j], dim=0)
+            score = score + (over_regions[j, r] / T + over_words[r, j] / R) / 2 * agreed
+    return score
+
+
+def reasoned_plain(model, v, graphs):
+    "Regions (R, D) of one picture after explicit reasoning."
+    for name, graph in graphs.items():
+        for layer in model.reasoning[name]: v = reason_plain(layer, v, graph)
+    return v
+
+
+SWITCHES = ('object_word', 'object_sentence', 'word_image')
+FORMS = [{}, dict(spatial='polar', layers=2), dict(spatial='none'), dict(semantic=False), *({name: False} for name in SWITCHES), dict(temperature=4., object_temperature=6.),
+         dict(spatial='binary', weighted=False), dict(spatial='binary', weighted=False, threshold=.3, combined=True), dict(zip(SWITCHES, (False,) * 3))]
+
+@pytest.mark.parametrize('refine', (True, False))
+@pytest.mark.parametrize('arguments', FORMS, ids=str)
+def test_cmsei_equals_its_plain_form_on_ragged_input_with_gradients(arguments, refine):
+    model, (regions, captions) = make('cmsei', arguments | dict(refine=refine), torch.float64), ragged(torch.float64, images=3, captions=4)
     images, sentences = model.encode_images(regions), model.encode_captions(captions)
     fast = model.match(images, sentences)
     graphs, v = {n: f(regions) for n, f in model.graphs.items()}, model.regions(regions)
-    n = regions.mask.sum(1).tolist()
-    plain = torch.stack([torch.stack([pair_plain(model, v[b, :n[b]], sentences.x[c][sentences.mask[c]], {k: g[b, :n[b], :n[b]] for k, g in graphs.items()})
-                                      for c in range(4)]) for b in range(3)])
+    plain = torch.empty_like(fast)
+    for b, n in enumerate(regions.mask.sum(1).tolist()):
+        x = reasoned_plain(model, v[b, :n], {k: g[b, :n, :n] for k, g in graphs.items()})
+        for c, said in enumerate(sentences.mask):
+            plain[b, c] = (refined_plain if refine else weighed_plain)(model, x, sentences.x[c][said])
     torch.testing.assert_close(fast, plain, atol=1e-12, rtol=0)
     weight, parameters = torch.randn_like(fast), list(model.parameters())
     a, b = (torch.autograd.grad((s * weight).sum(), parameters, retain_graph=True, allow_unused=True) for s in (fast, plain))
-    for x, y in zip(a, b):
-        assert (x is None) == (y is None)
-        if x is not None: torch.testing.assert_close(x, y, atol=1e-10, rtol=1e-8)
+    for parameter, x, y in zip(parameters, a, b):                              # None: loops that met no edge
+        x, y = (torch.zeros_like(parameter) if g is None else g for g in (x, y))
+        torch.testing.assert_close(x, y, atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize('name', ['cmsei', 'hire'])
+def test_every_part_can_be_switched_off_alone_and_counts(name):
+    "From everything on and from everything else off, each switch changes the scores, and only the switched part's parameters go."
+    regions, captions = ragged(torch.float64)
+    off = dict(zip(SWITCHES, (False,) * 3)) | dict(spatial='none', semantic=False)
+    whole = make(name, {}, torch.float64)
+
+    def scores(arguments):
+        matcher = make(name, arguments, torch.float64)
+        matcher.load_state_dict(whole.state_dict(), strict=False)
+        return scores_of(matcher, regions, captions)
+    for switch, without in off.items():
+        alone = {k: v for k, v in off.items() if k != switch}
+        assert (scores({}) - scores({switch: without})).abs().max() > 1e-4, switch
+        assert (scores(off) - scores(alone)).abs().max() > 1e-4, switch
+
+
+def test_gates_and_messages_are_those_of_the_match():
+    model, (regions, captions) = make('cmsei', {}, torch.float64), ragged(torch.float64)
+    images, sentences = model.encode_images(regions), model.encode_captions(captions)
+    of_objects, of_words = model.gates(images, sentences)
+    to_objects, to_words = model.messages_of(images, sentences)
+    for gates, messages, own, gate in ((of_objects, to_objects, images.x[:, None], 'object'), (of_words, to_words, sentences.x[None], 'word')):
+        assert gates.shape == messages.shape[:3]
+        want = torch.sigmoid(model.gate[gate].slope * F.cosine_similarity(own, messages, dim=-1) + model.gate[gate].bias)
+        real = (images.mask[:, None] & torch.ones(len(captions), 1, dtype=torch.bool)) if gate == 'object' else sentences.mask.expand(len(regions), -1, -1)
+        torch.testing.assert_close(gates[real], want[real], atol=1e-10, rtol=0)
+    assert make('cmsei', dict(object_word=False), torch.float64).gates(images, sentences) is None
+    stages = model.stages(regions)
+    assert list(stages) == ['encoded', 'spatial', 'semantic'] and torch.equal(stages['semantic'], images.x)
+
+
+def test_combined_edges_are_those_of_either_graph():
+    regions, _ = ragged(torch.float64)
+    one, two = (make('cmsei', dict(spatial='binary', weighted=False, threshold=.3, combined=c), torch.float64).graphs for c in (True, False))
+    either = (two['spatial'](regions) > 0).any(-1) | (two['semantic'](regions) > 0).any(-1)
+    assert list(one) == ['combined'] and torch.equal(one['combined'](regions)[..., 0], either.double())
+    assert two['semantic'](regions).unique().tolist() == [0, 1] and either.any() and not either.all()
 
 
 @pytest.mark.parametrize('order', ORDERS)
 def test_hire_begins_as_cmsei_and_its_orders_differ(order):
     model, (regions, _) = make('hire', dict(order=order), torch.float64), ragged(torch.float64)
-    graphs, v = {n: f(regions) for n, f in model.graphs.items()}, model.regions(regions)
-    others = []
-    for other in ORDERS:
-        model.config['order'] = other
-        others.append(model.reason(v, regions.mask, graphs))
+
+    def reasoned(order):
+        model.config['order'] = order
+        *_, v = model.stages(regions).values()
+        return v
+    others = [reasoned(other) for other in ORDERS]
     assert all((a - b).abs().max() > 1e-6 for a, b in zip(others, others[1:]))
     torch.nn.init.zeros_(model.implicit.attend.out.weight)                     # as a new layer is
-    model.config['order'] = order
-    explicit = model.explicit(v, regions.mask, graphs)
-    want = F.normalize(v + explicit, dim=-1) if order == 'parallel' else explicit
-    torch.testing.assert_close(model.reason(v, regions.mask, graphs), want, atol=1e-12, rtol=0)
+    graphs = {name: build(regions) for name, build in model.graphs.items()}
+    *_, explicit = model.explicit(model.regions(regions), regions.mask, graphs).values()
+    want = F.normalize(model.regions(regions) + explicit, dim=-1) if order == 'parallel' else explicit
+    torch.testing.assert_close(reasoned(order), want, atol=1e-12, rtol=0)
+
+
+def test_implicit_reasoning_keeps_regions_apart():
+    "Opened at random, the centred layer leaves the regions of a picture about as alike as they were; the uncentred one does not."
+    torch.manual_seed(0)
+    regions, _ = ragged(torch.float64)
+    alike = {}
+    for centred in (True, False):
+        model = make('hire', dict(centred=centred), torch.float64)
+        torch.nn.init.normal_(model.implicit.attend.out.weight, std=.3)
+        stages = model.stages(regions)
+        for name in ('encoded', 'implicit'):
+            real = regions.mask[:, :, None] & regions.mask[:, None] & ~torch.eye(5, dtype=torch.bool)
+            alike[centred, name] = (stages[name] @ stages[name].mT)[real].mean().item()
+    assert alike[True, 'implicit'] < alike[True, 'encoded'] + .05 < alike[False, 'implicit']
 
 
 def test_influence_is_what_removing_an_edge_costs():

@@ -25,7 +25,8 @@ CAMPS = (dict(gate='scalar'), dict(gate='none'), dict(fusion='concat'), dict(fus
 VARIANTS = [(name, {}) for name in MODELS] + [('scan', dict(direction='i2t')), ('scan', dict(direction='both')), ('scan', dict(lse=6.)),
             *(('camp', a) for a in CAMPS),
             *(('cmsei', a) for a in (dict(spatial='labels', layers=2), dict(spatial='iou', semantic=False), dict(spatial='none', threshold=.5), dict(reasoning='gated'),
-                                     dict(object_word=False), dict(object_sentence=0.), dict(word_image=0.), dict(object_word=False, object_sentence=0., word_image=0.))),
+                                     dict(object_word=False), dict(object_sentence=False), dict(word_image=False), dict(object_word=False, object_sentence=False, word_image=False),
+                                     dict(spatial='binary', weighted=False, combined=True), dict(refine=False), dict(refine=False, object_word=False))),
             *(('ssamt', a) for a in (dict(phrases=False), dict(local=False), dict(layers=1))),
             *(('hire', a) for a in (dict(order='explicit-implicit'), dict(order='parallel'), dict(spatial='none', semantic=False)))]
 each = pytest.mark.parametrize('name,arguments', VARIANTS, ids=lambda v: v if isinstance(v, str) else '-'.join(map(str, v.values())))

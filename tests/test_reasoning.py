@@ -10,7 +10,7 @@ from imtm_lite.reasoning import REASONING, GatedReasoning, ImplicitReasoning, Ma
 B, R, D, K = 5, 7, 12, 6
 LAYERS = {'convolution': lambda: RelationalConvolution(D, K), 'one basis': lambda: RelationalConvolution(D, K, bases=1),
           'gated': lambda: GatedReasoning(D, K, bases=3), 'implicit': lambda: ImplicitReasoning(D),
-          'biased': lambda: ImplicitReasoning(D, K, heads=3)}
+          'biased': lambda: ImplicitReasoning(D, K, heads=3), 'uncentred': lambda: ImplicitReasoning(D, centred=False)}
 ALL, EXPLICIT = pytest.mark.parametrize('kind', LAYERS), pytest.mark.parametrize('kind', ['convolution', 'one basis', 'gated'])
 
 
@@ -78,7 +78,9 @@ def implicit_by_loops(layer, v, graph, i):
     heads = layer.attend.heads
     scalars = torch.zeros(graph.shape[-1], heads) if layer.bias is None else layer.bias
     bias = torch.tensor([[[float(sum(g * s for g, s in zip(graph[a, b], scalars[:, h]))) for b in range(len(v))] for a in range(len(v))] for h in range(heads)], dtype=torch.float64)
-    new = v[i] + attend_by_loops(layer.attend, x, x, bias)[i]
+    update = attend_by_loops(layer.attend, x, x, bias)
+    new = v[i] + update[i]
+    if layer.centred: new = new - sum(update) / len(v)
     return new / new.norm()
 
 
@@ -177,7 +179,7 @@ def test_weights_are_shares_unless_they_are_few(kind):
 
 def test_bias_of_implicit_reasoning():
     v, graph, mask = ragged()
-    plain, biased = make('implicit'), ImplicitReasoning(D, K).double()
+    plain, biased = make('uncentred'), ImplicitReasoning(D, K, centred=False).double()
     assert biased.load_state_dict(plain.state_dict(), strict=False).missing_keys == ['bias']
     assert torch.equal(plain(v, None, mask), plain(v, graph, mask))        # no relations: the graph is not looked at
     torch.testing.assert_close(biased(v, graph, mask), plain(v, None, mask), atol=1e-12, rtol=0)   # the bias starts at zero
@@ -188,6 +190,14 @@ def test_bias_of_implicit_reasoning():
         heard = {j for j in range(R) if j != i and g[j] > 1e-12}
         heaviest = graph[0, i].sum(-1)
         assert heard == ({int(heaviest.argmax())} if heaviest.any() else set(range(R)) - {i})
+
+
+def test_what_all_regions_receive_alike_changes_nothing():
+    layer, (v, _, mask) = make('implicit'), ragged()
+    with torch.no_grad(): layer.attend.query.weight.zero_()                # everybody listens to everybody alike
+    torch.testing.assert_close(layer(v, None, mask), v, atol=1e-12, rtol=0)
+    layer.centred = False
+    assert (layer(v, None, mask) - v).abs().max() > .05
 
 
 def test_implicit_reasoning_starts_as_the_identity():
@@ -262,7 +272,7 @@ def test_gradients_are_finite(kind):
     layer, (v, graph, mask) = make(kind), ragged()                         # picture 2 has no region, region 1 no edge
     v.requires_grad_(); graph.requires_grad_()
     (layer(v, graph, mask) @ torch.rand(D).double()).sum().backward()
-    leaves = [v, *layer.parameters()] + [graph] * (kind != 'implicit')
+    leaves = [v, *layer.parameters()] + [graph] * (kind not in ('implicit', 'uncentred'))
     assert all(t.grad.isfinite().all() and t.grad.any() for t in leaves)
     assert not v.grad[~mask].any()
 

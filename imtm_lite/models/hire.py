@@ -9,6 +9,7 @@ __all__ = ['ORDERS', 'Hire']
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..attention import RELEASED
 from .cmsei import CMSEI
 from ..reasoning import ImplicitReasoning
 
@@ -20,17 +21,29 @@ class Hire(CMSEI):
     def __init__(self, *, region_width: int, words: int, predicates: int, width: int = 1024, word_width: int = 300, text: str | dict = 'bigru',
                  order: str = 'implicit-explicit', # or 'explicit-implicit', 'parallel'
                  heads: int = 4,                   # of the self-attention
-                 spatial: str = 'labels', semantic: bool = True, threshold: float = 0., reasoning: str = 'convolution', layers: int = 1,
-                 object_word: bool = True, object_sentence: float = 1., word_image: float = 4., temperature: float = 9.): # all these as in `CMSEI`
+                 centred: bool = True,             # implicit reasoning leaves out what all regions receive alike
+                 spatial: str = 'labels', semantic: bool = True, threshold: float = 0., weighted: bool = True, combined: bool = False, # all these as in `CMSEI`
+                 reasoning: str = 'convolution', layers: int = 1,
+                 refine: bool = True, object_word: bool = True, object_sentence: bool = True, word_image: bool = True,
+                 temperature: float = RELEASED['t2i'], object_temperature: float = RELEASED['i2t']):
         given = {k: v for k, v in locals().items() if k not in ('self', '__class__')}
         if order not in ORDERS: raise ValueError(f'order is one of {", ".join(ORDERS)}, not {order!r}')
-        super().__init__(**{k: v for k, v in given.items() if k not in ('order', 'heads')})
-        self.config |= dict(order=order, heads=heads)
-        self.implicit = ImplicitReasoning(width, heads=heads)
+        own = dict(order=order, heads=heads, centred=centred)
+        super().__init__(**{k: v for k, v in given.items() if k not in own})
+        self.config |= own
+        self.implicit = ImplicitReasoning(width, heads=heads, centred=centred)
 
-    def reason(self, v: Tensor, mask: Tensor, graphs: dict[str, Tensor]) -> Tensor: # (B, R, D), unit length
-        "Implicit and explicit reasoning, in the order asked for."
-        order = self.config['order']
-        if order == 'implicit-explicit': return self.explicit(self.implicit(v, None, mask), mask, graphs)
-        if order == 'explicit-implicit': return self.implicit(self.explicit(v, mask, graphs), None, mask)
-        return F.normalize(self.implicit(v, None, mask) + self.explicit(v, mask, graphs), dim=-1)
+    def reason(self, v: Tensor, mask: Tensor, graphs: dict[str, Tensor]) -> dict[str, Tensor]: # each (B, R, D), unit length
+        "Implicit and explicit reasoning, in the order asked for; the regions after each step."
+        stages, order = dict(encoded=v), self.config['order']
+        if order == 'explicit-implicit':
+            stages |= self.explicit(v, mask, graphs)
+            *_, last = stages.values()
+            return stages | dict(implicit=self.implicit(last, None, mask))
+        stages['implicit'] = self.implicit(v, None, mask)
+        start = v if order == 'parallel' else stages['implicit']
+        stages |= self.explicit(start, mask, graphs)
+        if order == 'parallel' and graphs:
+            *_, last = stages.values()
+            stages['both'] = F.normalize(stages['implicit'] + last, dim=-1)
+        return stages

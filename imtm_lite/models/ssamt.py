@@ -242,6 +242,9 @@ class SSAMT(SSAMTIntra):
         self.prepare()
         self.inter = transformer(width, layers=layers, heads=heads, feedforward=feedforward,
                                  dropout=dropout)
+        for layer in self.inter.layers:           # starts as the identity (ours): a pair's first
+            nn.init.zeros_(layer.self_attn.out_proj.weight)  # score is that of the intra part
+            nn.init.zeros_(layer.linear2.weight)
         self.labels: PhraseLabels | None = None   # of the training captions, for the phrase loss
 
     def train(self, mode: bool = True):
