@@ -632,8 +632,10 @@ CMSEI_ABLATION = Experiment(
         Row('without semantic graph',  'cmsei', dict(semantic=False)),
         Row('without graphs',          'cmsei', dict(spatial='none', semantic=False)),
         Row('without object-word',     'cmsei', dict(object_word=False)),
-        Row('without object-sentence', 'cmsei', dict(object_sentence=0.)),
-        Row('without word-image',      'cmsei', dict(word_image=0.)),
+        Row('without object-sentence', 'cmsei', dict(object_sentence=False)),
+        Row('without word-image',      'cmsei', dict(word_image=False)),
+        Row('without refinement',      'cmsei', dict(refine=False)),
+        Row('combined binary graph',   'cmsei', dict(spatial='binary', weighted=False, combined=True)),
         Row('binary graph',            'cmsei', dict(spatial='binary')),
         Row('IoU graph',               'cmsei', dict(spatial='iou')),
         Row('polar graph',             'cmsei', dict(spatial='polar'))))
@@ -653,6 +655,7 @@ HIRE_TOLERANCE = Experiment(
         Row('without implicit step', 'cmsei', settings=TWO_SOFT),
         Row('explicit before',       'hire',  dict(order='explicit-implicit'), TWO_SOFT),
         Row('parallel',              'hire',  dict(order='parallel'), TWO_SOFT),
+        Row('not centred',           'hire',  dict(centred=False), TWO_SOFT),
         Row('only implicit',         'hire',  dict(spatial='none', semantic=False), TWO_SOFT)))
 
 # %% ../nbs/24_experiments.ipynb #experiments-32-f
