@@ -417,6 +417,7 @@ def experiment(name: str = typer.Argument(None, help='of an experiment; without 
                split: str = typer.Option(None, help='to measure on; the record is then NAME-SPLIT.json', show_default="the experiment's"),
                results_: Path = typer.Option(None, '--results', help='folder of the record', show_default='data/results of the checkout'),
                list_: bool = typer.Option(False, '--list', help='rows: done, running, begun or to do'),
+               again: bool = typer.Option(False, '--again', help='forget the runs of these rows and begin anew, after a change of the code'),
                table: bool = typer.Option(False, '--table', help='print the record as a table'),
                device: str = typer.Option('auto', help='auto or cpu'),
                memory: float = typer.Option(None, help='GiB for tiles of pairs', show_default='small on a CPU')):
@@ -433,7 +434,7 @@ def experiment(name: str = typer.Argument(None, help='of an experiment; without 
     if list_:
         return print(experiments.list_rows(name, out=out, results=results_, data=data, rows=chosen, seeds=wholes(seeds), split=split))
     if table: return print(experiments.show_table(name, out=out, results=results_, rows=chosen, split=split))
-    experiments.run_experiment(name, rows=chosen, seeds=wholes(seeds), data=data, out=out, results=results_, split=split, progress=sys.stdout.isatty(),
+    experiments.run_experiment(name, rows=chosen, seeds=wholes(seeds), data=data, out=out, results=results_, split=split, again=again, progress=sys.stdout.isatty(),
                                library=commit(), device=device, memory=memory and int(memory * 2**30))
     print(experiments.show_table(name, out=out, results=results_, rows=chosen, split=split))
 

@@ -87,6 +87,7 @@ def stages_of(experiment: Experiment, row: Row) -> list[dict]:
     for own in row.stages or ({},):
         stage = dict(model=row.system, epochs=experiment.passes)
         stage |= experiment.settings | row.settings | own
+        check_arguments(stage['model'], own.get('arguments', {}))
         arguments = experiment.arguments | row.arguments | own.get('arguments', {})
         stage['arguments'] = arguments_for(stage['model'], arguments)
         stages.append(stage)
@@ -631,8 +632,10 @@ CMSEI_ABLATION = Experiment(
         Row('without semantic graph',  'cmsei', dict(semantic=False)),
         Row('without graphs',          'cmsei', dict(spatial='none', semantic=False)),
         Row('without object-word',     'cmsei', dict(object_word=False)),
-        Row('without object-sentence', 'cmsei', dict(object_sentence=0.)),
-        Row('without word-image',      'cmsei', dict(word_image=0.)),
+        Row('without object-sentence', 'cmsei', dict(object_sentence=False)),
+        Row('without word-image',      'cmsei', dict(word_image=False)),
+        Row('without refinement',      'cmsei', dict(refine=False)),
+        Row('combined binary graph',   'cmsei', dict(spatial='binary', weighted=False, combined=True)),
         Row('binary graph',            'cmsei', dict(spatial='binary')),
         Row('IoU graph',               'cmsei', dict(spatial='iou')),
         Row('polar graph',             'cmsei', dict(spatial='polar'))))
@@ -652,6 +655,7 @@ HIRE_TOLERANCE = Experiment(
         Row('without implicit step', 'cmsei', settings=TWO_SOFT),
         Row('explicit before',       'hire',  dict(order='explicit-implicit'), TWO_SOFT),
         Row('parallel',              'hire',  dict(order='parallel'), TWO_SOFT),
+        Row('not centred',           'hire',  dict(centred=False), TWO_SOFT),
         Row('only implicit',         'hire',  dict(spatial='none', semantic=False), TWO_SOFT)))
 
 # %% ../nbs/24_experiments.ipynb #experiments-32-f
@@ -932,6 +936,7 @@ def run_experiment(name: str,               # in EXPERIMENTS
                    out: str | Path = 'runs/experiments', # worlds, views and runs
                    results: str | Path | None = None, # folder of the record; None: data/results
                    split: str | None = None,          # to measure on, instead of the experiment's
+                   again: bool = False,     # forget runs and figures of these rows, and begin anew
                    progress: bool = False, tell=say_at_once, # bars, or a line a pass
                    library: str = __version__,        # noted in the record
                    device: str = 'auto', memory: int | None = None) -> dict: # the record
@@ -945,20 +950,24 @@ def run_experiment(name: str,               # in EXPERIMENTS
         for row in chosen:
             def say(text, who=f'{experiment.name}, {row.name}, seed {seed}'): tell(f'{who}: {text}')
             try:
-                run_if_free(experiment, row, seed, place, say, progress=progress, library=library,
-                            device=device, memory=memory)
+                run_if_free(experiment, row, seed, place, say, again, progress=progress,
+                            library=library, device=device, memory=memory)
             except (SettingError, DataError, CheckpointError, FloatingPointError) as fault:
                 say(f'FAILED: {fault}')
                 failed.append(f'{row.name}, seed {seed}')
     if failed: raise SettingError(f'{experiment.name}: {len(failed)} failed: {"; ".join(failed)}')
     return read_experiment(place.results, experiment.name) or shared(experiment) | dict(rows=[])
 
-def run_if_free(experiment: Experiment, row: Row, seed: int, place: Place, say, **how) -> None:
+def run_if_free(experiment: Experiment, row: Row, seed: int, place: Place, say, again: bool,
+                **how) -> None:
     "Run a row, unless it is done or another process is at it."
-    if state(experiment, row, seed, place) == 'done': return say('done before')
-    with claimed(run_folder(experiment, row, seed, place)) as ours:
+    def done(): return not again and state(experiment, row, seed, place) == 'done'
+    if done(): return say('done before')
+    run = run_folder(experiment, row, seed, place)
+    with claimed(run) as ours:
         if not ours: return say('another process is at it')
-        if state(experiment, row, seed, place) == 'done': return say('done before')
+        if done(): return say('done before') # while we waited for the claim
+        if again: shutil.rmtree(run, ignore_errors=True)
         made = run_row(experiment, row, seed, place, tell=say, **how)
         keep(experiment, made, place)
     rsum = '' if made['rsum'] is None else f', rSum {made["rsum"]:.1f}'
@@ -971,8 +980,8 @@ def listing() -> str:
     for experiment in EXPERIMENTS.values():
         runs = len(experiment.rows) * len(experiment.seeds)
         lines += [command_of(experiment), f'    {experiment.about}']
-        passes = f'{experiment.passes} passes, ' if experiment.passes else 'no training, '
-        lines.append(f'    {len(experiment.rows)} rows, {runs} runs, {passes}{experiment.on}')
+        passes = {0: 'no training', 1: '1 pass'}.get(experiment.passes, f'{experiment.passes} passes')
+        lines.append(f'    {len(experiment.rows)} rows, {runs} runs, {passes}, {experiment.on}')
     return '\n'.join(lines)
 
 def list_rows(name: str, *, out='runs/experiments', results=None, data=None, rows=None, seeds=None,

@@ -124,6 +124,8 @@ def test_unequal_passes_and_unknown_arguments_are_refused(tiny):
     with pytest.raises(SettingError, match="scan has no argument 'gate'"):
         stages_of(tiny, Row('scan', 'scan', dict(gate='none')))
     assert stages_of(replace(long, passes=2), long.rows[0])[0]['model'] == 'camp-stage1'
+    with pytest.raises(SettingError, match="no model 'nothing'"):
+        stages_of(tiny, Row('camp', 'camp', stages=(dict(model='nothing'),)))
 
 
 def test_a_fingerprint_knows_what_changes_the_training_and_nothing_else(tiny):
@@ -250,6 +252,17 @@ def test_a_changed_row_is_done_again_and_the_others_stay(tiny, tmp_path):
     stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*.safetensors')}
     assert 'probes' in before['rows'][0] and run_experiment('tiny', **how)['rows'][0]['probes'] is None
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*.safetensors')} == stamps
+
+
+def test_again_forgets_the_run_of_the_row_and_of_no_other(tiny, tmp_path):
+    how = dict(out=tmp_path / 'out', results=tmp_path / 'results', device='cpu', seeds=[0], tell=lambda line: None)
+    before = run_experiment('tiny', **how)
+    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('best.safetensors')}
+    after = run_experiment('tiny', rows=['vse'], again=True, library='newer', **how)
+    assert [row['library'] == 'newer' for row in after['rows']] == [True, False] and len(after['rows']) == 2
+    assert after['rows'][0]['rsum'] == before['rows'][0]['rsum'] and after['rows'][1] == before['rows'][1]
+    changed = [p for p, stamp in stamps.items() if p.stat().st_mtime_ns != stamp]
+    assert len(changed) == 1 and 'vse-' in str(changed[0])
 
 
 def test_a_row_that_fails_does_not_stop_the_others(tiny, tmp_path):
