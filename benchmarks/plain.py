@@ -103,9 +103,9 @@ def cmsei(matcher: Matcher, images: Codes, captions: Codes) -> Tensor:
         over_words = scan_weights(v, t, torch.ones_like(t[..., 0]).bool(), matcher.config['object_temperature'])
         objects, words = told(v, over_words @ t, 'object'), told(t, over_regions @ v, 'word')
         objects, words = told(objects, t.mean(1, keepdim=True), 'sentence'), told(words, picture, 'image')
-        agreed = F.normalize(words, dim=-1) @ F.normalize(objects, dim=-1).transpose(1, 2)     # (B, T, R)
-        by_word, by_object = (over_regions * agreed).sum(2).mean(1), ((over_words.transpose(1, 2) * agreed).sum(1) * counts).sum(1)
-        columns.append((by_word + by_object) / 2)
+        by_word = F.cosine_similarity(words, over_regions @ objects, dim=-1)       # (B, T)
+        by_object = F.cosine_similarity(objects, over_words @ words, dim=-1)       # (B, R)
+        columns.append((by_word.mean(1) + (by_object * counts).sum(1)) / 2)
     return torch.stack(columns, 1)
 
 

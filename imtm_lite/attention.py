@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RELEASED', 'TINY', 'MESSAGES', 'softmax', 'masked_softmax', 'gram', 'weighted_norm', 'scan_attention', 'agreement',
-           'attend', 'pool_agreement', 'SCAN', 'whole_attention', 'Refined', 'MessageAttention', 'unit',
+           'attend', 'pool_agreement', 'SCAN', 'whole_attention', 'length', 'Refined', 'MessageAttention', 'unit',
            'message_weights', 'refine_messages', 'VectorPool', 'AttentionPool', 'OneLevel', 'TwoLevels', 'MeanMessages']
 
 # %% ../nbs/08_interactive_attention.ipynb #interactive-attention-03
@@ -140,6 +140,10 @@ def whole_attention(vector: Tensor, # (X, D) one unit vector per item
     return masked_softmax(temperature * torch.einsum('xd,ykd->xyk', vector, y), y_mask[None])
 
 # %% ../nbs/08_interactive_attention.ipynb #interactive-attention-24-h4
+def length(square: Tensor) -> Tensor:
+    "Root of a squared length, with a finite gradient where it is zero."
+    return square.clamp(min=1e-12).sqrt()
+
 class Refined:
     "Regions and words of all pairs, each plus a weighted sum of the other side's vectors; only the weights are kept. Ours."
     def __init__(self, images: Codes, captions: Codes): # both with `x` and `gram`
@@ -171,20 +175,20 @@ class Refined:
                    loud: Tensor):         # (B, C, T) a factor for each word
         "Add a weighted sum of regions to every word."
         told, heard = weights * loud[..., None], heard * loud[..., None]
-        self.in_words = told if self.in_words is None else self.in_words + told
+        self.in_words, self.told = told if self.in_words is None else self.in_words + told, None
         self.words_heard = heard if self.words_heard is None else self.words_heard + heard
 
     def region_lengths(self) -> Tensor: # (B, C, R), or (B, 1, R) as long as nothing was told
         square = self.regions.diagonal(dim1=1, dim2=2)[:, None]
         if self.in_regions is not None:
             square = square + (self.in_regions * (2 * self.cross + self.regions_heard)).sum(2)
-        return square.clamp(min=1e-12).sqrt()
+        return length(square)
 
     def word_lengths(self) -> Tensor: # (B, C, T), or (1, C, T) as long as nothing was told
         square = self.words.diagonal(dim1=1, dim2=2)[None]
         if self.in_words is not None:
             square = square + (self.in_words * (2 * self.cross + self.words_heard)).sum(3)
-        return square.clamp(min=1e-12).sqrt()
+        return length(square)
 
     def words_by_regions(self) -> Tensor: # (B, C, T, R)
         "Dot product of each word as it was with each region as it is by now."
@@ -194,17 +198,37 @@ class Refined:
         "Dot product of each region as it was with each word as it is by now."
         return self.cross if self.in_words is None else self.cross + self.words_heard
 
+    def told_words(self) -> Tensor: # (B, C, T, T)
+        "Dot product of what each word was told with each word as it was."
+        if self.told is None: self.told = self.in_words @ self.cross.mT
+        return self.told
+
     def dots(self) -> Tensor: # (B, C, T, R)
         "Dot products of the words and regions as they are by now."
-        dots = self.cross
-        if self.in_regions is not None: dots = dots + self.regions_heard
-        if self.in_words is not None: dots = dots + self.words_heard
-        if self.in_regions is None or self.in_words is None: return dots
-        return dots + (self.in_words @ self.cross.mT) @ self.in_regions
+        dots = self.words_by_regions()
+        if self.in_words is None: return dots
+        dots = dots + self.words_heard
+        return dots if self.in_regions is None else dots + self.told_words() @ self.in_regions
 
-    def cosines(self) -> Tensor: # (B, C, T, R)
-        "Cosines of the words and regions as they are by now."
-        return self.dots() / self.word_lengths()[..., None] / self.region_lengths()[:, :, None]
+    def region_mixtures(self, weights: Tensor, # (B, C, T, R) of each word over the regions
+                        square: Tensor,        # (B, C, T) squared length of the weighted sums of the regions as they were
+                       ) -> Tensor:            # (B, C, T)
+        "Length of each word's weighted sum of the regions as they are by now."
+        if self.in_regions is not None:
+            of_words = weights @ self.in_regions.mT                     # (B, C, T, T)
+            heard = 2 * (weights @ self.cross.mT) + of_words @ self.words
+            square = square + (of_words * heard).sum(3)
+        return length(square)
+
+    def word_mixtures(self, weights: Tensor, # (B, C, T, R) of each region over the words
+                      square: Tensor,        # (B, C, R) squared length of the weighted sums of the words as they were
+                     ) -> Tensor:            # (B, C, R)
+        "Length of each region's weighted sum of the words as they are by now."
+        if self.in_words is not None:
+            told = self.told_words()
+            more = told + told.mT + self.words_heard @ self.in_words.mT # (B, C, T, T) added to the words' Gram matrix
+            square = square + (weights * (more @ weights)).sum(2)
+        return length(square)
 
 # %% ../nbs/08_interactive_attention.ipynb #interactive-attention-25
 class MessageAttention(nn.Module):

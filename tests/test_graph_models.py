@@ -60,12 +60,9 @@ def refined_plain(model, v, t):
     words = [told(t[j], sum(over_regions[j, r] * v[r] for r in range(R)), 'word') for j in range(T)]
     objects = [told(o, sum(t) / T, 'sentence') for o in objects]
     words = [told(w, sum(v) / R, 'image') for w in words]
-    score = 0.
-    for j in range(T):
-        for r in range(R):
-            agreed = F.cosine_similarity(objects[r], words[j], dim=0)
-            score = score + (over_regions[j, r] / T + over_words[r, j] / R) / 2 * agreed
-    return score
+    by_word = sum(F.cosine_similarity(words[j], sum(over_regions[j, r] * objects[r] for r in range(R)), dim=0) for j in range(T))
+    by_object = sum(F.cosine_similarity(objects[r], sum(over_words[r, j] * words[j] for j in range(T)), dim=0) for r in range(R))
+    return (by_word / T + by_object / R) / 2
 
 
 def reasoned_plain(model, v, graphs):
@@ -114,6 +111,14 @@ def test_every_part_can_be_switched_off_alone_and_counts(name):
         alone = {k: v for k, v in off.items() if k != switch}
         assert (scores({}) - scores({switch: without})).abs().max() > 1e-4, switch
         assert (scores(off) - scores(alone)).abs().max() > 1e-4, switch
+
+
+def test_closed_gates_leave_scan_in_both_directions():
+    model, (regions, captions) = make('cmsei', dict(spatial='none', semantic=False), torch.float64), ragged(torch.float64)
+    scan = make('scan', dict(direction='both'), torch.float64)
+    scan.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith('gate')})
+    for gate in model.gate.values(): gate.bias.data.fill_(-torch.inf)
+    torch.testing.assert_close(scores_of(model, regions, captions), scores_of(scan, regions, captions), atol=1e-12, rtol=0)
 
 
 def test_gates_and_messages_are_those_of_the_match():

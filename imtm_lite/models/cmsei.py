@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import (RELEASED, Refined, agreement, attend, gram, masked_softmax, pool_agreement, scan_attention,
-                                 whole_attention)
+from ..attention import (RELEASED, Refined, agreement, attend, gram, length, masked_softmax, pool_agreement,
+                                 scan_attention, whole_attention)
 from ..data import Split
 from ..encoders import Codes, Matcher, RegionEncoder, masked_mean, text_encoder
 from ..reasoning import REASONING
@@ -147,16 +147,17 @@ class CMSEI(Matcher):
         over_words = scan_attention(pairs.cross.mT, images.mask, captions.mask, self.config['object_temperature'])
         return over_regions.transpose(0, 1), over_words.mT
 
-    def object_word(self, pairs: Refined, over_regions: Tensor, over_words: Tensor) -> tuple[Tensor, Tensor]: # the gates
-        "Objects hear the words they attend to, and words the regions; a message has length one, the gate says how loud."
-        to_regions, to_words = pairs.words_with(over_words), pairs.regions_with(over_regions) # (B, C, T, R) each
-        region_length = (over_words * to_regions).sum(2).clamp(min=1e-12).sqrt()             # (B, C, R)
-        word_length = (over_regions * to_words).sum(3).clamp(min=1e-12).sqrt()               # (B, C, T)
-        regions = self.gate['object']((over_words * pairs.cross).sum(2) / region_length)     # (B, C, R)
-        words = self.gate['word']((over_regions * pairs.cross).sum(3) / word_length)         # (B, C, T)
+    def object_word(self, pairs: Refined, over_regions: Tensor, over_words: Tensor) -> tuple[Tensor, ...]:
+        "Objects hear the words they attend to, and words the regions; a message has length one, its gate says how loud."
+        to_words, to_regions = pairs.regions_with(over_regions), pairs.words_with(over_words)
+        region_square, word_square = (over_words * to_regions).sum(2), (over_regions * to_words).sum(3)
+        if not self.config['object_word']: return region_square, word_square, None, None
+        region_length, word_length = length(region_square), length(word_square)              # of the messages
+        regions = self.gate['object']((over_words * pairs.cross).sum(2) / region_length)
+        words = self.gate['word']((over_regions * pairs.cross).sum(3) / word_length)
         pairs.tell_regions(over_words, to_regions, regions / region_length)
         pairs.tell_words(over_regions, to_words, words / word_length)
-        return regions, words
+        return region_square, word_square, regions, words
 
     def wholes(self, pairs: Refined, images: Codes, captions: Codes) -> None:
         "Objects hear the sentence as a whole, and words the picture; both as they were before anything was said."
@@ -175,12 +176,13 @@ class CMSEI(Matcher):
         if not self.config['refine']: return self.match_weighed(images, captions)
         pairs = Refined(images, captions)
         over_regions, over_words = self.look(pairs, images, captions)
-        if self.config['object_word']: self.object_word(pairs, over_regions, over_words)
+        region_square, word_square, *_ = self.object_word(pairs, over_regions, over_words)   # (B, C, R), (B, C, T), gates
         self.wholes(pairs, images, captions)
-        agreed = pairs.cosines()                                                             # (B, C, T, R)
-        words = pool_agreement((over_regions * agreed).sum(3).transpose(0, 1), captions.mask, 0.)  # (C, B)
-        objects = pool_agreement((over_words * agreed).sum(2), images.mask, 0.)              # (B, C)
-        return (objects + words.T) / 2
+        dots = pairs.dots()                                                                  # (B, C, T, R)
+        words = (over_regions * dots).sum(3) / pairs.word_lengths() / pairs.region_mixtures(over_regions, word_square)
+        objects = (over_words * dots).sum(2) / pairs.region_lengths() / pairs.word_mixtures(over_words, region_square)
+        words = pool_agreement(words.transpose(0, 1), captions.mask, 0.)                     # (C, B)
+        return (words.T + pool_agreement(objects, images.mask, 0.)) / 2
 
     def match_weighed(self, images: Codes, captions: Codes) -> Tensor: # (B, C)
         "Nothing is refined: the sentence chooses objects, and the picture that they make says how much each word counts."
@@ -209,7 +211,7 @@ class CMSEI(Matcher):
         "How far objects and words open to each other; None where they do not speak."
         if 'word' not in self.gate: return None
         pairs = Refined(images, captions)
-        return self.object_word(pairs, *self.look(pairs, images, captions))
+        return self.object_word(pairs, *self.look(pairs, images, captions))[2:]
 
     def messages_of(self, images: Codes, captions: Codes) -> tuple[Tensor, Tensor]: # (B, C, R, D), (B, C, T, D)
         "What objects hear of words, and words of regions, before it is scaled and let in; formed, so for few pairs."
@@ -243,7 +245,7 @@ def draw_edges(ax, matcher: CMSEI, split: Split, row: int, sentence: str,
     boxes = torch.tensor(split.boxes[row])
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2                                  # (R, 2) pixels
     for name, f in falls.items():
-        colour = dict(spatial='royalblue', semantic='crimson')[name]
+        colour = dict(spatial='royalblue', semantic='crimson', combined='darkviolet')[name]
         for i, j in (divmod(at, len(f)) for at in f.flatten().topk(min(most, f.numel())).indices.tolist() if f.flatten()[at] > 0):
             for k in (i, j): ax.plot(boxes[k, [0, 2, 2, 0, 0]], boxes[k, [1, 1, 3, 3, 1]], c=colour, lw=.8, ls=':')
             ax.annotate('', xy=centre[i], xytext=centre[j], zorder=5, arrowprops=dict(arrowstyle='-|>', color=colour, lw=2, connectionstyle='arc3,rad=.25'))
