@@ -159,8 +159,9 @@ def give_parser(matcher: Matcher, vocab: Vocab | Pieces, split: Split | None = N
 SCHEDULES = ('steps', 'linear')
 
 def learning_rate(step: int, epoch: int, *, lr: float, warmup: int, decay_at: tuple[int, ...], decay: float,
-                  schedule: str = 'steps', total: int | None = None) -> float: # total: steps of the run, for 'linear'
-    "The rate at a step: linear warm-up; then times `decay` at each epoch of `decay_at` (counted from 0), or linearly to 0."
+                  schedule: str = 'steps', total: int | None = None, # steps of the run, for 'linear'
+                 ) -> float:
+    "The rate at a step: linear warm-up; then times `decay` at each of `decay_at` (from 0), or linearly to 0."
     rise = min(1., (step + 1) / max(1, warmup))
     if schedule == 'steps': return lr * rise * decay ** sum(epoch >= e for e in decay_at)
     fall = (total - step) / max(1, total - warmup)
@@ -258,19 +259,20 @@ class Processes:
         return said[0]
 
 # %% ../nbs/18_training.ipynb #training-22
-EXACT_PAIRS = 2**15 # without a GPU, so many pairs at most are all scored exactly by a matcher that has a first look
+EXACT_PAIRS = 2**15 # without a GPU, a matcher with a first look scores at most so many pairs all exactly
 CANDIDATES = 20     # of each picture and of each caption, where there are more
 TRIED = 16          # captions scored exactly to see what the first look misses
 
-def candidates_for(matcher: Matcher, pairs: int, device: torch.device, wanted: int | None = None) -> int: # 0: every pair exactly
-    "How many candidates of a first look get an exact score; matchers without `first_scores` score every pair."
+def candidates_for(matcher: Matcher, pairs: int, device: torch.device,
+                   wanted: int | None = None) -> int: # 0: every pair exactly
+    "Candidates of a first look that get an exact score; matchers without `first_scores` score every pair."
     if matcher.first_scores is None: return 0
     if wanted is not None: return wanted
     return 0 if device.type != 'cpu' or pairs <= EXACT_PAIRS else CANDIDATES
 
 # %% ../nbs/18_training.ipynb #training-22-b
 class Gallery:
-    "A split as a matcher sees it: the codes of this process's pictures, and those of the captions part by part."
+    "A split as a matcher sees it: codes of this process's pictures, and of the captions part by part."
     def __init__(self, matcher: Matcher, split: Split, vocab: Vocab):
         self.matcher, self.processes = matcher, matcher.processes or Processes()
         self.device = next(matcher.parameters()).device
@@ -281,7 +283,8 @@ class Gallery:
         self.encoded = split.encoded(vocab)
         self.parts = self.encoded.lengths.argsort().split(512)
 
-    def fill(self, score_part) -> Tensor: # score_part(codes of n captions, their indices) -> (rows, n); (N, M) on the CPU
+    def fill(self, score_part, # (codes of n captions, their indices) -> (rows, n)
+            ) -> Tensor:       # (N, M) on the CPU
         "Scores of everybody's pictures with all captions."
         scores = torch.empty(len(self.images), self.shape[1])
         for some in self.parts:
@@ -289,7 +292,8 @@ class Gallery:
             scores[:, some] = score_part(codes, some).float().cpu()
         return self.processes.join(scores, self.shape[0]).cpu()
 
-    def exact(self, asked: Tensor, tell) -> Tensor: # asked (N, M) bool -> (N, M), zeros where nothing was asked
+    def exact(self, asked: Tensor, # (N, M) bool
+              tell) -> Tensor:     # (N, M), zeros where nothing was asked
         "Exact scores of some pairs."
         own = asked[self.own]
         def score_part(codes, some):
@@ -321,11 +325,13 @@ def score_split(matcher: Matcher, split: Split, vocab: Vocab,
     gallery = Gallery(matcher.eval(), split, vocab)
     pairs = gallery.shape[0] * gallery.shape[1]
     wanted = candidates_for(matcher, pairs, gallery.device, candidates)
-    shown = progress and gallery.processes.main
-    with tqdm(total=None if wanted else pairs // gallery.processes.count, unit='pair', unit_scale=True, desc='scoring', disable=not shown, leave=False) as bar:
+    hidden = not (progress and gallery.processes.main)
+    total = None if wanted else pairs // gallery.processes.count
+    with tqdm(total=total, unit='pair', unit_scale=True, desc='scoring', disable=hidden, leave=False) as bar:
         if wanted: scores, record = rerank_gallery(gallery, wanted, bar.update)
         else:
-            scores = gallery.fill(lambda codes, some: score(matcher, gallery.images, codes, memory=memory, tell=bar.update))
+            how = dict(memory=memory, tell=bar.update)
+            scores = gallery.fill(lambda codes, some: score(matcher, gallery.images, codes, **how))
             record = dict(scored='exactly', pairs=pairs)
     matcher.train(training)
     return scores, record
@@ -364,7 +370,7 @@ def mean_length(x: Tensor,    # (..., L, D)
 def mean_cosine(x: Tensor,    # (..., L, D)
                 mask: Tensor, # (..., L) bool
                ) -> float:
-    "Mean cosine of two different positions of an item, over items with at least two; nan where there is none."
+    "Mean cosine of two different positions of an item, over items with at least two; nan without any."
     mask = mask.expand(x.shape[:-1])
     direction = F.normalize(x, dim=-1) * mask[..., None]
     among_all = direction.sum(-2).square().sum(-1)                        # (...): every vector with every one
@@ -393,7 +399,8 @@ def own_and_others(x: Tensor, # (B, B, ...) of all pairs
 def score_figures(scores: Tensor) -> dict[str, float]: # (B, B), matching pairs on the diagonal
     "By how much matching pairs are ahead, and how far both kinds spread (standard deviations)."
     own, others = own_and_others(scores, torch.ones_like(scores, dtype=torch.bool))
-    return dict(score_difference=own.mean() - others.mean(), score_spread_own=own.std(), score_spread_others=others.std())
+    ahead = own.mean() - others.mean()
+    return dict(score_difference=ahead, score_spread_own=own.std(), score_spread_others=others.std())
 
 # %% ../nbs/18_training.ipynb #training-24-g
 def message_figures(matcher: Matcher, images: Codes, captions: Codes) -> dict[str, float]: # of matching pairs
@@ -432,9 +439,11 @@ def health(matcher: Matcher,
     figures = {}
     for side, codes in dict(region=images, word=sentences).items():
         if 'x' not in dict(codes.items()): continue
-        figures |= {f'{side}_length': mean_length(codes.x, codes.mask), f'{side}_cosine': mean_cosine(codes.x, codes.mask)}
+        figures[f'{side}_length'] = mean_length(codes.x, codes.mask)
+        figures[f'{side}_cosine'] = mean_cosine(codes.x, codes.mask)
     if hasattr(matcher, 'stages'):
-        for name, x in matcher.stages(regions).items(): figures[f'region_cosine.{name}'] = mean_cosine(x, regions.mask)
+        for name, x in matcher.stages(regions).items():
+            figures[f'region_cosine.{name}'] = mean_cosine(x, regions.mask)
     few_images, few_sentences = images[:CROSSED], sentences[:CROSSED].trimmed()
     if hasattr(matcher, 'messages_of'): figures |= message_figures(matcher, few_images, few_sentences)
     if hasattr(matcher, 'gates'): figures |= gate_figures(matcher, few_images, few_sentences)
@@ -443,10 +452,11 @@ def health(matcher: Matcher,
     return {name: float(f'{float(x):.4g}') for name, x in figures.items() if math.isfinite(x)}
 
 def gradient_figures(norms: list[float]) -> dict[str, float]:
-    "Mean and largest norm of the gradient before clipping; steps that overflowed in half precision are left out."
+    "Mean and largest norm of the gradient before clipping, without steps that overflowed in half precision."
     finite = [x for x in norms if math.isfinite(x)]
     if not finite: return {}
-    return dict(gradient_mean=float(f'{sum(finite) / len(finite):.4g}'), gradient_max=float(f'{max(finite):.4g}'))
+    mean = sum(finite) / len(finite)
+    return dict(gradient_mean=float(f'{mean:.4g}'), gradient_max=float(f'{max(finite):.4g}'))
 
 # %% ../nbs/18_training.ipynb #training-24-j
 LIMITS = dict(equal=.01, ahead=.1, smooth=.9, rise=.2, drowned=5., alike=.99)
@@ -470,7 +480,8 @@ def too_smooth(f: dict[str, float]) -> list[Alarm]: # figures of `health`
         rose = before is not None and cosine - before > LIMITS['rise']
         if cosine > LIMITS['smooth'] or rose:
             since = '' if before is None else f' ({before:.2f} before it)'
-            alarms.append(Alarm('over-smoothed', f'after {name} the regions of a picture have a mean cosine of {cosine:.2f}{since}', remedy))
+            seen = f'after {name} the regions of a picture have a mean cosine of {cosine:.2f}{since}'
+            alarms.append(Alarm('over-smoothed', seen, remedy))
         before = cosine
     return alarms
 
@@ -485,33 +496,40 @@ def too_quiet(f: dict[str, float]) -> list[Alarm]:
         if a not in f or b not in f: continue
         ratio = max(f[a], f[b]) / max(min(f[a], f[b]), 1e-9)
         if ratio > LIMITS['drowned']:
-            alarms.append(Alarm('drowned', f'{here} are {f[a]:.3g} long, {there} {f[b]:.3g}: what is short is not heard', remedy))
+            seen = f'{here} are {f[a]:.3g} long, {there} {f[b]:.3g}: what is short is not heard'
+            alarms.append(Alarm('drowned', seen, remedy))
     return alarms
 
 def diagnose(f: dict[str, float]) -> list[Alarm]:
     "Alarms that the figures of an epoch give reason for."
     alarms = []
     if abs(f['score_difference']) < LIMITS['equal'] and f['score_spread_others'] < LIMITS['equal']:
-        seen = f"all scores are nearly equal (matching pairs {f['score_difference']:.4f} ahead, others spread by {f['score_spread_others']:.4f})"
-        alarms.append(Alarm('collapsed', seen, 'one or two more soft epochs, a warm-up, a lower learning rate, or a warm start'))
+        seen = (f"all scores are nearly equal (matching pairs {f['score_difference']:.4f} ahead, "
+                f"others spread by {f['score_spread_others']:.4f})")
+        remedy = 'one or two more soft epochs, a warm-up, a lower learning rate, or a warm start'
+        alarms.append(Alarm('collapsed', seen, remedy))
     elif f['score_difference'] < LIMITS['ahead'] * f['score_spread_others']:
-        seen = f"matching pairs are {f['score_difference']:.4f} ahead, but others spread by {f['score_spread_others']:.4f}: they are not told apart"
-        alarms.append(Alarm('blind', seen, 'more epochs, one or two more soft ones, or another learning rate'))
+        seen = (f"matching pairs are {f['score_difference']:.4f} ahead, but others spread by "
+                f"{f['score_spread_others']:.4f}: they are not told apart")
+        remedy = 'more epochs, one or two more soft ones, or another learning rate'
+        alarms.append(Alarm('blind', seen, remedy))
     if f.get('message_cosine_regions', 0) > LIMITS['alike']:
-        seen = f"the messages to a picture's regions have a mean cosine of {f['message_cosine_regions']:.4f}: every region hears the same"
-        alarms.append(Alarm('alike', seen, 'a higher temperature of the attention, or codes of unit length times the root of their width'))
+        cosine = f['message_cosine_regions']
+        seen = f"the messages to a picture's regions have a mean cosine of {cosine:.4f}: every region hears the same"
+        remedy = 'a higher temperature of the attention, or codes of unit length times the root of their width'
+        alarms.append(Alarm('alike', seen, remedy))
     return alarms + too_smooth(f) + too_quiet(f)
 
 # %% ../nbs/18_training.ipynb #training-25-a
 def drop_regions(regions: Regions, share: float) -> Regions:
-    "The same pictures with each region hidden with probability `share`, but never all of one (after VSE-infinity's code)."
+    "Each region hidden with probability `share`, but never all of a picture (after VSE-infinity's code)."
     drawn = torch.rand(regions.mask.shape).masked_fill(~regions.mask.cpu(), -1.)   # (B, R)
-    last = drawn == drawn.amax(1, keepdim=True)                                    # the one that stays in any case
+    last = drawn == drawn.amax(1, keepdim=True)                                    # it stays in any case
     mask = regions.mask & ((drawn >= share) | last).to(regions.mask.device)
     return Regions(**(dict(regions.items()) | dict(mask=mask)))
 
 def drop_words(captions: Captions, share: float, unknown: int) -> Captions: # unknown: the number of <unk>
-    "The same sentences with each word but <start> and <end> unknown with probability `share` (after VSE-infinity's code, simplified)."
+    "Each word but <start> and <end> unknown with probability `share` (after VSE-infinity's code, simplified)."
     column = torch.arange(captions.tokens.shape[1], device=captions.tokens.device)
     inside = (column > 0) & (column < captions.lengths[:, None] - 1)               # (C, T)
     drawn = torch.rand(captions.tokens.shape).to(captions.tokens.device)
@@ -529,12 +547,13 @@ def train_step(matcher: Matcher,
                optimizer, accelerator: Accelerator,
                clip: float,              # largest norm of the gradient
                *, items: int,            # pairs of all parts together
-              ) -> tuple[float, float]:  # loss per item, of the matching alone; norm of the gradient before clipping
+              ) -> tuple[float, float]:  # loss per item, of the matching; norm of the gradient before clipping
     "Forward and backward for every part, then clip and step."
     optimizer.zero_grad(set_to_none=True)
     mean, whole, matching = is_mean(matcher), 0., 0.
     for part in parts:
-        with accelerator.autocast(): losses = matcher(part.to(accelerator.device, non_blocking=True)) # in the precision asked for
+        part = part.to(accelerator.device, non_blocking=True)
+        with accelerator.autocast(): losses = matcher(part)                   # in the precision asked for
         share = len(part) / items if mean else 1.
         accelerator.backward(share * losses['total'])
         whole += share * float(losses['total'].detach())
@@ -620,8 +639,8 @@ def train(model: str,                        # a name in MODELS
     return run.best
 
 # %% ../nbs/18_training.ipynb #training-33
-ADDED = dict(text_rate=1., schedule='steps', updates=None, accumulate=1, instances=None, drop_regions=0., drop_words=0.,
-             candidates=None) # settings that older checkpoints do not name, and what they were then
+ADDED = dict(text_rate=1., schedule='steps', updates=None, accumulate=1, instances=None,
+             drop_regions=0., drop_words=0., candidates=None) # settings that older checkpoints do not name, and what they were then
 LEARNING = ('frozen', 'criterion', 'margin', 'soft_epochs', 'epochs', 'size', 'per_image', 'distinct', 'optimizer', 'lr', 'weight_decay',
             'clip', 'warmup', 'decay_at', 'decay', 'min_freq', 'seed', 'precision', *ADDED) # what changes the result of a run
 
@@ -642,7 +661,8 @@ def check_settings(s: dict) -> None:
         for k in names:
             if k in s and not fits(s[k]): raise SettingError(f'{k} is {what}, not {s[k]!r}')
     for k, choice in CHOICES.items():
-        if k in s and s[k] not in choice: raise SettingError(f'{k} cannot be {s[k]!r}; choose one of {", ".join(choice)}')
+        if k not in s or s[k] in choice: continue
+        raise SettingError(f'{k} cannot be {s[k]!r}; choose one of {", ".join(choice)}')
     if s.get('size', 2) < 2: raise SettingError(f"size is {s['size']}: a batch needs at least 2 pairs")
     if s.get('accumulate', 1) < 1: raise SettingError(f"accumulate is {s['accumulate']}: a step needs at least 1 batch")
     for k in ('drop_regions', 'drop_words'):
@@ -685,10 +705,10 @@ class Run:
         self.matcher.processes, self.matcher.memory = self.processes, memory
         if not self.processes.main: torch.manual_seed(settings['seed'] + self.processes.rank)
         self.epoch, self.skip, self.step, self.best_rsum, self.recent = 0, 0, 0, -1., []
-        self.norms = []                                                        # of the gradient, of this epoch's steps
-        self.alarmed = set()                                                   # names of the last epoch's alarms
+        self.norms, self.alarmed = [], set() # of the gradient in this epoch's steps; names of the last epoch's alarms
         self.unknown = UNK if isinstance(self.vocab, Vocab) else self.vocab.unk
-        if settings['drop_words'] and self.unknown is None: raise SettingError('drop_words: this text model has no piece for unknown words')
+        if settings['drop_words'] and self.unknown is None:
+            raise SettingError('drop_words: this text model has no piece for unknown words')
         self.total = self.steps_in_all() if settings['schedule'] == 'linear' else None
         if self.total is not None and self.total <= settings['warmup']:
             raise SettingError(f"warmup is {settings['warmup']} steps, and the run has {self.total}")
@@ -700,7 +720,8 @@ class Run:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
     def order(self, epoch: int) -> dict: # arguments of `batches`
-        return dict(epoch=epoch, **{k: self.s[k] for k in ('size', 'seed', 'per_image', 'distinct', 'instances')})
+        names = ('size', 'seed', 'per_image', 'distinct', 'instances')
+        return dict(epoch=epoch, **{k: self.s[k] for k in names})
 
     def sizes(self, epoch: int) -> list[int]:
         "Pairs of each batch of an epoch."
@@ -718,9 +739,10 @@ class Run:
 
     def thinned(self, batch: Batch) -> Batch:
         "A batch as it is trained on: without what is dropped."
-        if self.s['drop_regions']: batch = replace(batch, regions=drop_regions(batch.regions, self.s['drop_regions']))
-        if self.s['drop_words']: batch = replace(batch, captions=drop_words(batch.captions, self.s['drop_words'], self.unknown))
-        return batch
+        regions, captions, s = batch.regions, batch.captions, self.s
+        if s['drop_regions']: regions = drop_regions(regions, s['drop_regions'])
+        if s['drop_words']: captions = drop_words(captions, s['drop_words'], self.unknown)
+        return replace(batch, regions=regions, captions=captions)
 
     def note(self, **line): # in the log
         if self.processes.main: self.log.write(**line)
@@ -733,13 +755,15 @@ def run_epoch(run: Run, epoch: int, save_every: int):
     run.matcher.criterion.hardest = epoch >= s['soft_epochs']
     feed = batches(run.train, run.vocab, start=run.skip, share=run.processes.share, workers=run.workers,
                    pin=run.accelerator.device.type == 'cuda', **run.order(epoch))
-    bar = tqdm(total=len(sizes), initial=run.skip, unit='batch', desc=f"{run.model} {epoch + 1}/{s['epochs']}", disable=not run.progress, leave=False)
+    title = f"{run.model} {epoch + 1}/{s['epochs']}"
+    bar = tqdm(total=len(sizes), initial=run.skip, unit='batch', desc=title, disable=not run.progress, leave=False)
     with closing(feed), bar:
         while run.skip < len(sizes) and run.step != s['updates']:
             group = sizes[run.skip:run.skip + s['accumulate']]
             set_rate(run, epoch)
             parts = map(run.thinned, islice(feed, len(group)))
-            loss, norm = train_step(run.matcher, parts, run.optimizer, run.accelerator, s['clip'], items=sum(group))
+            how = dict(items=sum(group))
+            loss, norm = train_step(run.matcher, parts, run.optimizer, run.accelerator, s['clip'], **how)
             run.recent.append(loss)
             run.norms.append(norm)
             run.step, run.skip = run.step + 1, run.skip + len(group)
@@ -767,16 +791,19 @@ def log_step(run: Run, bar, epoch: int):
 def end_epoch(run: Run, epoch: int):
     "Dev recall, the figures of health, the best checkpoint if it is the best, and always the last."
     run.epoch, run.skip = epoch + 1, 0
-    scores, record = score_split(run.matcher, run.dev, run.vocab, memory=run.memory, candidates=run.s['candidates'], progress=run.progress)
+    how = dict(memory=run.memory, candidates=run.s['candidates'], progress=run.progress)
+    scores, record = score_split(run.matcher, run.dev, run.vocab, **how)
     dev = evaluate(scores, torch.from_numpy(run.dev.caption_image))
     figures = dict(i2t=dev.i2t, t2i=dev.t2i, rsum=dev.rsum)
-    how = {} if run.matcher.first_scores is None else dict(scored=record)
-    run.note(step=run.step, epoch=epoch, dev=figures, **how)
-    if run.progress: tqdm.write(f"{run.model} {epoch + 1}/{run.s['epochs']}  dev {dev}" + (f'  ({say_scored(record)})' if how else ''))
+    scored = {} if run.matcher.first_scores is None else dict(scored=record)
+    run.note(step=run.step, epoch=epoch, dev=figures, **scored)
+    if run.progress:
+        tqdm.write(f"{run.model} {epoch + 1}/{run.s['epochs']}  dev {dev}")
+        if scored: tqdm.write(f'{run.model} {epoch + 1}: {say_scored(record)}')
     look_after(run, epoch)
     if dev.rsum > run.best_rsum:
         run.best_rsum = dev.rsum
-        save_run(run, run.best, dev=figures, **how)
+        save_run(run, run.best, dev=figures, **scored)
     save_run(run, run.last)
 
 def say_scored(record: dict) -> str:
@@ -787,9 +814,10 @@ def say_scored(record: dict) -> str:
             f'of the exact best pictures among the candidates, {found}')
 
 def look_after(run: Run, epoch: int):
-    "Figures of health, in the log once an epoch; on the screen, in words, alarms that the epoch before did not have."
+    "Figures of health to the log; to the screen, in words, alarms that the epoch before did not have."
     if run.processes.main:
-        figures = health(run.matcher, *health_sample(run.dev, run.vocab), memory=run.memory) | gradient_figures(run.norms)
+        sample = health_sample(run.dev, run.vocab)
+        figures = health(run.matcher, *sample, memory=run.memory) | gradient_figures(run.norms)
         alarms = diagnose(figures)
         run.note(step=run.step, epoch=epoch, health=figures, alarms=[a.name for a in alarms])
         for a in alarms:
