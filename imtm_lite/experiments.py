@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['FOLDS', 'FOLD_DEV', 'DATA', 'SAID', 'RATES', 'CANDIDATES', 'KINDS_OF_UNITS', 'MEASURES', 'SIZES', 'REAL_SIZES',
-           'WORLD', 'WORLD_BUDGET', 'REAL_BUDGET', 'FOLD_BUDGET', 'TWO_SOFT', 'RELATIONS', 'KINDS', 'SHORT', 'POINTED',
-           'SSAMT_SMALL', 'FLICKR8K', 'ON_WORLD', 'GATES_OPEN', 'BESIDE_PAPER', 'CAMP_WORLD', 'CAMP_FLICKR8K',
-           'NO_PHRASES', 'SSAMT_DATA', 'SCALES', 'SSAMT_SCORES', 'SSAMT_ABLATION', 'CMSEI_ABLATION', 'TOLERANCE',
-           'HIRE_TOLERANCE', 'SYMBOLIC', 'FOUND', 'FIRST_LOOK', 'SPANS', 'WRONG', 'PHRASES', 'AGREEMENT', 'EXPERIMENTS',
-           'FIELDS', 'Row', 'Experiment', 'stages_of', 'fingerprint', 'locked', 'is_held', 'Place', 'world_of',
-           'from_world', 'from_next_world', 'from_user', 'read_graphs', 'write_graphs', 'from_graphs', 'write_rows',
-           'write_lines', 'write_view', 'drawn', 'every', 'training_view', 'relation_wordings', 'relation',
-           'probe_counts', 'percents', 'measure_recall', 'measure_probes', 'measure_grounding', 'measure_size',
-           'corrupted', 'measure_tolerance', 'measure_scales', 'measure_blame', 'mean_vectors', 'measure_first_look',
-           'percent', 'parser_of', 'measure_spans', 'units_of', 'equal_only', 'measure_labels', 'label_errors',
-           'keys_of', 'measure_agreement', 'camp_released', 'systems', 'camp_rows', 'by_rate', 'stage_folders',
-           'log_of', 'dev_curve', 'last_health', 'time_used', 'watched', 'say_at_once', 'run_folder', 'claim_of',
-           'trained', 'run_row', 'default_results', 'command_of', 'shared', 'keep', 'state', 'claimed',
+           'WORLD', 'WORLD_BUDGET', 'REAL_BUDGET', 'HIDING', 'FOLD_BUDGET', 'TWO_SOFT', 'RELATIONS', 'KINDS', 'SHORT',
+           'POINTED', 'SSAMT_SMALL', 'FLICKR8K', 'TRIES', 'ON_WORLD', 'GATES_OPEN', 'BESIDE_PAPER', 'CAMP_WORLD',
+           'CAMP_FLICKR8K', 'NO_PHRASES', 'SSAMT_DATA', 'SCALES', 'SSAMT_SCORES', 'SSAMT_ABLATION', 'CMSEI_ABLATION',
+           'TOLERANCE', 'HIRE_TOLERANCE', 'SYMBOLIC', 'FOUND', 'FIRST_LOOK', 'SPANS', 'WRONG', 'PHRASES', 'AGREEMENT',
+           'EXPERIMENTS', 'FIELDS', 'Row', 'Experiment', 'stages_of', 'fingerprint', 'locked', 'is_held', 'Place',
+           'world_of', 'from_world', 'from_next_world', 'from_user', 'read_graphs', 'write_graphs', 'from_graphs',
+           'write_rows', 'write_lines', 'write_view', 'drawn', 'every', 'training_view', 'relation_wordings',
+           'relation', 'probe_counts', 'percents', 'measure_recall', 'measure_probes', 'measure_grounding',
+           'measure_size', 'corrupted', 'measure_tolerance', 'measure_scales', 'measure_blame', 'mean_vectors',
+           'measure_first_look', 'percent', 'parser_of', 'measure_spans', 'units_of', 'equal_only', 'measure_labels',
+           'label_errors', 'keys_of', 'measure_agreement', 'camp_released', 'systems', 'camp_rows', 'by_rate',
+           'stage_folders', 'log_of', 'dev_curve', 'last_health', 'time_used', 'watched', 'say_at_once', 'run_folder',
+           'claim_of', 'trained', 'run_row', 'default_results', 'command_of', 'shared', 'keep', 'state', 'claimed',
            'find_experiment', 'find_rows', 'place_of', 'check_ready', 'check_files', 'run_experiment', 'run_if_free',
            'listing', 'list_rows', 'show_table']
 
@@ -493,7 +493,8 @@ SIZES = dict(width=128, word_width=64)      # on the generated world
 REAL_SIZES = dict(width=128, word_width=300) # on real captions
 WORLD = dict(train=2000, dev=200, test=500)  # pictures
 WORLD_BUDGET = dict(size=128, optimizer='adamw', lr=1.5e-3, weight_decay=1e-4, decay_at=(8,))
-REAL_BUDGET = dict(size=64, optimizer='adamw', lr=5e-4, weight_decay=1e-4, decay_at=(7,))
+REAL_BUDGET = dict(size=64, optimizer='adamw', lr=5e-4, weight_decay=1e-4, decay_at=(8,))
+HIDING = dict(drop_regions=.2, drop_words=.1) # of what a system sees of a pair while it trains
 FOLD_BUDGET = dict(size=64, optimizer='adamw', lr=1e-3, weight_decay=1e-4, soft_epochs=4,
                    decay_at=(6,), min_freq=2)
 TWO_SOFT = dict(soft_epochs=2)               # self-attention wants two passes with all negatives
@@ -535,6 +536,15 @@ FLICKR8K = Experiment(
     on='Flickr8k dev', data='folder', split='dev', passes=12, dev=.2,
     arguments=REAL_SIZES, settings=REAL_BUDGET, measures=('recall', 'grounding', 'size'),
     columns=RECALLS + POINTED, rows=systems(passes=12, camp_size=32))
+
+TRIES = Experiment(
+    'flickr8k-tries', 'Settings tried before the others were run, one seed each.',
+    on='Flickr8k dev', data='folder', split='dev', passes=12, dev=.2, seeds=(0,),
+    arguments=REAL_SIZES, settings=REAL_BUDGET, columns=RECALLS,
+    rows=(
+        Row('scan t2i',             'scan', dict(direction='t2i')),
+        Row('scan t2i with hiding', 'scan', dict(direction='t2i'), HIDING),
+        Row('camp scalar gates',    'camp', dict(gate='scalar'), dict(criterion='bce', size=32))))
 
 ON_WORLD = Experiment(
     'world', 'All systems on the generated world, at equal passes, and what each understands.',
@@ -707,7 +717,7 @@ AGREEMENT = Experiment(
         Row('spaCy',   'en_core_web_sm')))
 
 EXPERIMENTS = {e.name: e for e in (
-    FLICKR8K, ON_WORLD, CAMP_WORLD, CAMP_FLICKR8K, SSAMT_DATA, SSAMT_SCORES, SSAMT_ABLATION,
+    FLICKR8K, TRIES, ON_WORLD, CAMP_WORLD, CAMP_FLICKR8K, SSAMT_DATA, SSAMT_SCORES, SSAMT_ABLATION,
     CMSEI_ABLATION, HIRE_TOLERANCE, SYMBOLIC, FIRST_LOOK, PHRASES, AGREEMENT)}
 
 # %% ../nbs/24_experiments.ipynb #experiments-34
