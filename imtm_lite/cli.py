@@ -445,7 +445,7 @@ def chance(split: Split, seed: int) -> Recall:
     return evaluate(torch.rand(split.n_images, len(split.captions), generator=g), torch.from_numpy(split.caption_image))
 
 @app.command()
-def demo(out: Path = Path('runs/demo'), seed: int = 0, models: str = typer.Option('vse,camp', help='which to train, of vse, scan, camp, ssamt, cmsei, hire'),
+def demo(out: Path = Path('runs/demo'), seed: int = 0, models: str = typer.Option('vse,scan,camp', help='which to train, of vse, scan, camp, ssamt, cmsei, hire'),
          train: int = typer.Option(2000, help='training pictures'), dev: int = 200, test: int = 500, epochs: str = Setting('epochs')):
     """Make a world, train on it, evaluate, and draw what was found.
 

@@ -885,8 +885,8 @@ RECIPES = {
     'scan': dict(demo=[DEMO | dict(model='scan', arguments=SMALL, epochs=5, soft_epochs=1, decay_at=(4,))],
                  f30k=[released(model='scan')], coco=[released(model='scan', lr=5e-4, epochs=20, decay_at=(10,))]),
     'camp': {
-        'demo': [DEMO | dict(model='camp', arguments=SMALL | dict(gate='scalar'), size=32, lr=5e-4, epochs=4, soft_epochs=1,
-                             decay_at=(3,), criterion='bce')],
+        'demo': [DEMO | dict(model='camp', arguments=SMALL | dict(gate='scalar'), size=32, lr=5e-4, epochs=6, soft_epochs=2,
+                             decay_at=(5,), criterion='bce')],
         'f30k': [CAMP_PAPER], 'coco': [CAMP_PAPER], # one schedule is printed, for no named data set
         'f30k-released': CAMP_RELEASED},
     **{model: dict(demo=[DEMO | dict(model=model, arguments=SMALL, size=128, lr=1.5e-3, epochs=10, soft_epochs=soft, decay_at=(8,))],
