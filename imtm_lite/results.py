@@ -60,11 +60,13 @@ FIGURES = { # six figures, and their sum
 
 # %% ../nbs/19_results.ipynb #results-09
 SETTINGS = {
-    'camp': "the release's three stages; ours: ranking loss in stage 1, words learnt from scratch, a vocabulary of the training captions only",
-    'ssamt': "SSAMT's own settings were not available to us: those of CAMERA, a system of its kind and time, stand in; the paper's words come from BERT, the preset's from a Bi-GRU: --text bert-base-uncased",
+    'camp': ("the paper's schedule in one stage; ours: batch 128, a first epoch with all negatives, codes of one length, "
+             'a start as similarities, words learnt from scratch, a vocabulary of the training captions only'),
+    'ssamt': ("the paper's two phases and figures; ours: where the norms stand, how hard negatives are drawn, "
+              'phrases by our chunker instead of the parser of SPICE'),
     'cmsei': "CMSEI's own settings were not available to us: those of 3SHNet, by its first author, stand in",
     'hire': "Hire's own settings were not available to us: those of 3SHNet, by its first author, stand in; the paper's words come from BERT, the preset's from a Bi-GRU: --text bert-base-uncased"}
-NO_COCO = "no settings for COCO were released: those of Flickr30K stand in"
+NO_COCO = "the paper prints one schedule and names no data set for it"
 
 def paper_row(model: str, gallery: str) -> Row:
     "The row of a system in a gallery."
