@@ -25,8 +25,8 @@ from ..text import Captions
 # %% ../../nbs/16_cmsei.ipynb #cmsei-10-b
 class CosineGate(nn.Module):
     "One number from 0 to 1 a position: a sigmoid of the cosine of vector and message, its slope and threshold learned. Ours."
-    def __init__(self, *, slope: float = 5., # how fast the gate opens
-                 closed: float = .4):        # the cosine at which it is half open
+    def __init__(self, *, slope: float = 10., # how fast the gate opens
+                 closed: float = .6):         # the cosine at which it is half open
         super().__init__()
         self.slope = nn.Parameter(torch.tensor(slope))
         self.bias = nn.Parameter(torch.tensor(-slope * closed))
