@@ -29,9 +29,8 @@ ROWS = {'scan': ('scan', {}), 'cmsei': ('cmsei', {}), 'cmsei without spatial': (
         'cmsei, IoU graph': ('cmsei', dict(spatial='iou')), 'cmsei, polar graph': ('cmsei', dict(spatial='polar')),
         'cmsei without object-sentence': ('cmsei', dict(object_sentence=0.)), 'cmsei without word-image': ('cmsei', dict(word_image=0.)),
         'cmsei without object-word': ('cmsei', dict(object_word=False)),
-        'ssamt': ('ssamt', {}), 'ssamt without phrase loss': ('ssamt', dict(phrase_weight=0.)), 'ssamt, entities only': ('ssamt', dict(units='entities')),
-        'ssamt, triples only': ('ssamt', dict(units='triples')), 'ssamt without local': ('ssamt', dict(local=False)), 'ssamt without structure': ('ssamt', dict(structure=False)),
-        'ssamt, gold phrases': ('ssamt', dict(parser='gold'))}
+        'ssamt': ('ssamt', {}), 'ssamt without phrase loss': ('ssamt', dict(weights=[1., 1., 0.])), 'ssamt without phrase nodes': ('ssamt', dict(phrases=False)),
+        'ssamt without local': ('ssamt', dict(local=False)), 'ssamt, gold phrases': ('ssamt', dict(parser='gold'))}
 RATES, SPOILT = (0., .2, .4, .6, .8), ('cmsei', 'cmsei without spatial', 'hire', 'hire, explicit-implicit', 'hire, parallel') # rows whose recall under a corrupted graph is measured
 PHRASES = sorted(((w, p) for d in (WORDINGS, INVERSE) for p, ways in d.items() for w in ways), key=lambda x: -len(x[0]))
 RESULTS = Path(__file__).parent.parent / 'data' / 'results'
