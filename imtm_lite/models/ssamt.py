@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import Split, image_chunks, need
+from ..data import Split, need
 from ..encoders import Codes, Matcher
 from ..phrases import PhraseLabels, TextGraph, mean_where, phrase_loss, tril
 from ..regions import Regions
-from ..scoring import encode
 from ..text import UNK, Captions
 
 # %% ../../nbs/15_ssamt.ipynb #ssamt-sees-text
@@ -466,37 +465,36 @@ def others(image: Tensor, seed: int) -> Tensor: # (M,) picture of each caption -
     return found
 
 @torch.no_grad()
-def scale_accuracy(matcher: SSAMT,  # with its vocabulary
-                   split: Split,
-                   *, seed: int = 0, # of the wrong partners
+def scale_accuracy(matcher: SSAMT,
+                   images: Codes,        # of all pictures
+                   captions: Captions,   # all of them, with their phrases
+                   image: Tensor,        # (M,) picture of each caption
+                   labels: PhraseLabels, # of these captions
+                   *, seed: int = 0,     # of the wrong partners
                   ) -> dict[str, tuple[float, float]]: # scale -> percent: picture to text, text to picture
     "How often each scale alone tells a true pair from a random wrong one (SSAMT's analysis). 'phrase' is our reading: inside the wrong pair, matched units are above mismatched ones, of pairs that have both."
-    device, vocab = next(matcher.parameters()).device, matcher.vocab
-    image = torch.from_numpy(split.caption_image)
-    labels = PhraseLabels([vocab.parser(c) for c in split.captions], image)
-    images = encode(matcher.encode_images, image_chunks(split), device=device)
-    encoded = split.encoded(vocab)
     wrong, answers = others(image, seed), {}
-    for some in encoded.lengths.argsort().split(256):
+    for some in captions.lengths.argsort().split(256):
         pairs = dict(true=(image[some], some), i2t=(image[some], wrong[some]),
                      t2i=(image[wrong[some]], some))
-        found = {name: of_pairs(matcher, images, encoded, labels, *pair)
+        found = {name: of_pairs(matcher, images, captions, labels, *pair)
                  for name, pair in pairs.items()}
         for name in ('i2t', 't2i'):
             true, false = found['true'], found[name]
             answers.setdefault(('global', name), []).append(true.wholes > false.wholes)
             side = 'units' if name == 'i2t' else 'regions'
-            answers.setdefault(('local', name), []).append(getattr(true, side) > getattr(false, side))
+            closer = getattr(true, side) > getattr(false, side)
+            answers.setdefault(('local', name), []).append(closer)
             answers.setdefault(('phrase', name), []).append(false.higher[false.both])
     percent = {key: 100 * float(torch.cat(some).double().mean()) for key, some in answers.items()}
     return {scale: (percent[scale, 'i2t'], percent[scale, 't2i'])
             for scale in ('global', 'local', 'phrase')}
 
-def of_pairs(matcher: SSAMT, images: Codes, encoded, labels: PhraseLabels,
-             i: Tensor, c: Tensor) -> Codes: # (N,) pictures, captions of a split
+def of_pairs(matcher: SSAMT, images: Codes, captions: Captions, labels: PhraseLabels,
+             i: Tensor, c: Tensor) -> Codes: # (N,) pictures and captions
     "All scales of some pairs, and whether matched units are above mismatched ones."
     device = images.x.device
-    v, t = images[i.to(device)], matcher.encode_captions(encoded[c].to(device))
+    v, t = images[i.to(device)], matcher.encode_captions(captions[c].to(device))
     cosines = matcher.compare_by_size(v, t)
     whole, units, regions = matcher.scales(cosines, v, t)
     P, T = t.exists.shape[1], t.mask.shape[1]
