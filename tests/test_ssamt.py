@@ -508,7 +508,7 @@ def test_scale_accuracy_by_hand(sample):
                 good, bad = found[name][3:]
                 if len(good) and len(bad):
                     right.setdefault(('phrase', name), []).append(bool(good.mean() > bad.mean()))
-    table = scale_accuracy(matcher, sample, seed=3)
+    table = scale_accuracy(matcher, images, encoded[:], image, labels, seed=3)
     for scale, percents in table.items():
         for name, percent in zip(('i2t', 't2i'), percents):
             some = right[scale, name]

@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import Split, image_chunks, need
+from ..data import Split, need
 from ..encoders import Codes, Matcher
 from ..phrases import PhraseLabels, TextGraph, mean_where, phrase_loss, tril
 from ..regions import Regions
-from ..scoring import encode
 from ..text import UNK, Captions
 
 # %% ../../nbs/15_ssamt.ipynb #ssamt-sees-text
@@ -24,7 +23,10 @@ def see_text(own: Tensor,     # (C, T, P) bool: word t is one of phrase p's
              words: Tensor,   # (C, T) bool: real words
              phrases: Tensor, # (C, P) bool: real phrases
             ) -> Tensor:      # (C, n, n) bool, n = 1 + P + T; [c, i, j] True: node i sees node j
-    "Inside a sentence everybody sees everybody, but a phrase sees no words but its own (SSAMT, rule 3). Nodes: sentence, phrases, words."
+    """Inside a sentence everybody sees everybody, but a phrase sees no words but its own.
+
+    SSAMT's rule 3. Nodes: the sentence, its phrases, its words.
+    """
     there = torch.cat([words[:, :1], phrases, words], 1)          # (C, n)
     sees = there[:, None, :] & there[:, :, None]                  # (C, n, n)
     P = phrases.shape[1]
@@ -40,19 +42,19 @@ def see_pair(text: Tensor,    # (N, n, n) of `see_text`
              there: Tensor,   # (N, n) bool: the sentence's real nodes
              regions: Tensor, # (N, R) bool: real regions
             ) -> Tensor:      # (N, n + 1 + R, n + 1 + R) bool
-    "Who sees whom in a pair (SSAMT's three rules). Nodes: those of the sentence, the picture, its regions."
+    "Who sees whom in a pair (SSAMT). Nodes: those of the sentence, the picture, its regions."
     n = text.shape[1]
     real = torch.cat([there, F.pad(regions, (1, 0), value=True)], 1)
     sees = real[:, None, :] & real[:, :, None]
     sees[:, :n, :n] = text                                        # rule 3
     sees[:, 0, n + 1:] = False                                    # rule 1: sentence, regions
-    sees[:, n, 1:n] = False                                       # rule 2: picture, phrases and words
+    sees[:, n, 1:n] = False                                       # rule 2: picture, units
     return alone(sees)
 
 # %% ../../nbs/15_ssamt.ipynb #ssamt-transformer
 def transformer(width: int, *, layers: int, heads: int, feedforward: int,
                 dropout: float) -> nn.TransformerEncoder:
-    "PyTorch's own encoder. Pre-norm with one norm at the end is our choice: the paper does not say."
+    "PyTorch's own encoder. Pre-norm with one norm at the end is ours: the paper does not say."
     layer = nn.TransformerEncoderLayer(width, heads, feedforward, dropout, activation='gelu',
                                        batch_first=True, norm_first=True)
     return nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(width),
@@ -64,12 +66,12 @@ def run(encoder: nn.TransformerEncoder,
        ) -> Tensor:   # (N, n, D)
     "All layers, in which each node looks at those that it sees."
     heads = encoder.layers[0].self_attn.num_heads
-    hidden = ~sees.repeat_interleave(heads, 0)                    # PyTorch's mask says what is hidden
+    hidden = ~sees.repeat_interleave(heads, 0)                    # PyTorch masks what is hidden
     return encoder(x, mask=hidden, is_causal=False)
 
 # %% ../../nbs/15_ssamt.ipynb #ssamt-intra
 class Intra(nn.Module):
-    "What enters, and the two transformers inside a picture and inside a sentence (SSAMT, intra-modal)."
+    "What enters, and the transformers inside a picture and inside a sentence (SSAMT)."
     def __init__(self, *, region_width: int, words: int, width: int, layers: int, heads: int,
                  feedforward: int, dropout: float, positions: int, drop: float = 0.):
         super().__init__()
@@ -78,7 +80,7 @@ class Intra(nn.Module):
         self.region_norm = nn.LayerNorm(width)                    # ours: detectors differ in scale
         self.word = nn.Embedding(words, width, padding_idx=0)
         self.position = nn.Embedding(positions, width)
-        self.segment = nn.Embedding(4, width)                     # objects, attributes, relations; words
+        self.segment = nn.Embedding(4, width)             # objects, attributes, relations; words
         self.picture = nn.Parameter(torch.empty(width))           # the two global nodes
         self.sentence = nn.Parameter(torch.empty(width))
         sizes = dict(layers=layers, heads=heads, feedforward=feedforward, dropout=dropout)
@@ -91,7 +93,7 @@ class Intra(nn.Module):
             nn.init.normal_(table, std=.02)                       # as BERT does (ours)
 
     def lost(self, there: Tensor) -> Tensor: # bool, same shape
-        "In training, which regions are hidden and which words become <unk> (ours, as VSE-infinity has it)."
+        "In training, which regions are hidden and which words become <unk> (ours)."
         if not self.training or not self.drop:
             return torch.zeros_like(there)
         return torch.rand(there.shape, device=there.device) < self.drop
@@ -130,10 +132,13 @@ def likely(scores: Tensor, # (B, B)
            same: Tensor,   # (B, B) True where the two belong together
            hardness: float, # 0: every wrong one alike; the larger, the more only the hardest
           ) -> Tensor:     # (B, B), rows that sum to 1, or to 0 where nothing is wrong
-    "How likely each wrong partner of a row is to be drawn: the softmax of hardness * score (ours; the paper draws by the intra scores and leaves open how)."
+    """How likely each wrong partner of a row is to be drawn: the softmax of hardness * score.
+
+    Ours: the paper draws by the intra scores and leaves open how.
+    """
     logits = hardness * scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
     weights = logits.masked_fill(same, -torch.inf).softmax(1)
-    return weights.masked_fill(same, 0).nan_to_num()                # a row without wrong ones is NaN
+    return weights.masked_fill(same, 0).nan_to_num()              # a row without wrong ones: NaN
 
 def drawn(likelihood: Tensor) -> tuple[Tensor, Tensor]: # (B, B) -> (B,) columns, (B,) bool
     "One wrong partner a row; False where there is none."
@@ -143,7 +148,10 @@ def drawn(likelihood: Tensor) -> tuple[Tensor, Tensor]: # (B, B) -> (B,) columns
 
 # %% ../../nbs/15_ssamt.ipynb #ssamt-first
 class SSAMTIntra(Matcher):
-    "SSAMT's first phase, and its variant 'intra alone': a transformer a side, the cosine of the two global nodes, in [-1, 1]."
+    """SSAMT's first phase, and its variant 'intra alone': a transformer a side.
+
+    Scores are cosines of the two global nodes, in [-1, 1].
+    """
     def __init__(self, *, region_width: int, words: int, width: int = 1024,
                  layers: int = 2, heads: int = 16, feedforward: int = 2048, dropout: float = .3,
                  drop: float = 0.,          # of regions and words left out in training (ours)
@@ -163,7 +171,7 @@ class SSAMTIntra(Matcher):
         self.intra = Intra(**sizes, drop=self.config.get('drop', 0.))
 
     def phrases_of(self, captions: Captions) -> tuple[Tensor, Tensor, Tensor]:
-        "Whose word each token is (C, T, P), which phrases there are (C, P), and of what kind (C, P)."
+        "Whose word each token is (C, T, P), which phrases there are (C, P), their kinds (C, P)."
         if not self.config['phrases']:
             C, T = captions.tokens.shape
             nothing = captions.tokens.new_zeros(C, 0)
@@ -201,8 +209,8 @@ class SSAMTIntra(Matcher):
         scores = self.scores(images, captions)                              # (B, B)
         same = batch.image[:, None] == batch.image[None, :]
         right = scores.diagonal()[:, None].expand_as(scores)
-        rows = tril(right, scores, self.config['margin'])                   # caption j for picture i
-        columns = tril(right, scores.T, self.config['margin'])              # picture j for caption i
+        rows = tril(right, scores, self.config['margin'])             # caption j for picture i
+        columns = tril(right, scores.T, self.config['margin'])        # picture j for caption i
         rows = rows * likely(scores, same, self.hardness)
         columns = columns * likely(scores.T, same, self.hardness)
         return {'total': rows.sum() + columns.sum()}
@@ -237,12 +245,12 @@ def without_padding(captions: Codes) -> Codes:
 
 # %% ../../nbs/15_ssamt.ipynb #ssamt-model
 class SSAMT(SSAMTIntra):
-    "SSAMT's second phase (Fan et al. 2022): a transformer over each pair, on top of a fixed intra part."
+    "SSAMT (Fan et al. 2022), second phase: a transformer over each pair, on a fixed intra part."
     def __init__(self, *, region_width: int, words: int, width: int = 1024,
                  layers: int = 2, heads: int = 16, feedforward: int = 2048, dropout: float = .3,
                  positions: int = 50,       # the longest caption, <start> and <end> counted
                  phrases: bool = True,      # nodes for phrases; False: words alone
-                 local: bool = True,        # units against the other whole; False: mu2 = lambda2 = 0
+                 local: bool = True,        # units against the other whole
                  parser: str = 'chunker',   # who finds the phrases: see `named_parser`
                  hardness: float = 20.,     # of the wrong pairs that are drawn, see `likely`
                  margins: tuple[float, float, float] = (.05, .05, .1),  # a1, a2, a3
@@ -279,7 +287,7 @@ class SSAMT(SSAMTIntra):
         return unit(images.vector) @ unit(captions.vector).T
 
     def nodes(self, images: Codes, captions: Codes) -> tuple[Tensor, Tensor]:
-        "Of N pairs, what enters the inter transformer, (N, 1 + P + T + 1 + R, D), and who sees whom."
+        "What enters the inter transformer, (N, 1 + P + T + 1 + R, D), and who sees whom."
         text = [captions.vector[:, None], captions.phrases, captions.x]
         image = [images.vector[:, None], images.x]
         inside = see_text(captions.own, captions.mask, captions.exists)
@@ -287,7 +295,11 @@ class SSAMT(SSAMTIntra):
         return torch.cat(text + image, 1), see_pair(inside, there, images.mask)
 
     def compare(self, images: Codes, captions: Codes) -> Codes: # N pictures, N captions
-        "Cosines of N pairs: `both` (N, 1) of the wholes, `phrases` (N, P) and `words` (N, T) with the picture, `regions` (N, R) with the sentence."
+        """Cosines of N pairs after the inter transformer.
+
+        `both` (N, 1) of the two wholes; `phrases` (N, P) and `words` (N, T) with the picture;
+        `regions` (N, R) with the sentence.
+        """
         states = run(self.inter, *self.nodes(images, captions))
         P, T, R = captions.phrases.shape[1], captions.x.shape[1], images.x.shape[1]
         sentence, phrases, words, picture, regions = states.split([1, P, T, 1, R], 1)
@@ -303,11 +315,13 @@ class SSAMT(SSAMTIntra):
             part = self.compare(images[some], without_padding(captions[some]))
             phrases = F.pad(part.phrases, (0, P - part.phrases.shape[1]))
             words = F.pad(part.words, (0, T - part.words.shape[1]))
-            found.append(Codes(both=part.both, phrases=phrases, words=words, regions=part.regions))
+            found.append(Codes(both=part.both, phrases=phrases, words=words,
+                               regions=part.regions))
         return Codes.cat(found)[torch.cat(blocks).argsort()]
 
-    def scales(self, cosines: Codes, images: Codes, captions: Codes) -> tuple[Tensor, Tensor, Tensor]:
-        "The three scores of N pairs inside the inter part, each (N,): the wholes; the picture with the sentence's units; the sentence with the regions."
+    def scales(self, cosines: Codes, images: Codes, captions: Codes,
+              ) -> tuple[Tensor, Tensor, Tensor]: # (N,) each
+        "Of the wholes; of the picture with the units; of the sentence with the regions."
         units = torch.cat([cosines.phrases, cosines.words], 1)              # (N, P + T)
         counted = torch.cat([captions.exists, captions.mask], 1)
         return (cosines.both[:, 0], mean_where(units, counted),
@@ -355,18 +369,23 @@ class SSAMT(SSAMTIntra):
     def attention(self, images: Codes, captions: Codes) -> Tensor: # (B, C, T, R)
         return self.looks_at_regions(images, captions)[:, :, captions.phrases.shape[1]:]
 
-    def phrase_attention(self, images: Codes, captions: Codes, units: Tensor) -> Tensor: # (B, C, P, R)
+    def phrase_attention(self, images: Codes, captions: Codes,
+                         units: Tensor, # (C, P, T) of `Captions`
+                        ) -> Tensor:    # (B, C, P, R)
         "Where each phrase's node looks; without such nodes, where its words look."
         if not self.config['phrases']:
             return super().phrase_attention(images, captions, units)
         return self.looks_at_regions(images, captions)[:, :, :captions.phrases.shape[1]]
 
     def phrase_agreement(self, images: Codes, captions: Codes) -> Tensor: # (N, P) in [-1, 1]
-        "How well the phrases of the n-th caption fit the n-th picture: their cosines with its node."
+        "Cosines of the n-th caption's phrases with the n-th picture: how well they fit."
         return self.compare(images, captions).phrases
 
     def loss(self, images: Codes, captions: Codes, batch) -> dict[str, Tensor]:
-        "L1 to L3, weighted and summed over the batch: each picture with one wrong caption, each caption with one wrong picture."
+        """L1 to L3, weighted and summed over the batch.
+
+        Each picture meets one wrong caption, each caption one wrong picture.
+        """
         B = len(captions)
         images = self.whole(images, B)
         same = batch.image[:, None] == batch.image[None, :]
@@ -383,7 +402,8 @@ class SSAMT(SSAMTIntra):
             'global': [tril(whole[0], whole[1], a1), tril(whole[0], whole[2], a1)],
             'local': [tril(units[0], units[1], a2), tril(regions[0], regions[2], a2)]}
         if self.config['weights'][2]:
-            costs['phrase'] = self.phrase_costs(cosines[B:], t[B:], batch, i[B:], c[B:], a3).view(2, B)
+            phrase = self.phrase_costs(cosines[B:], t[B:], batch, i[B:], c[B:], a3)
+            costs['phrase'] = phrase.view(2, B)
         return self.total(costs, found_caption, found_image)
 
     def phrase_costs(self, cosines: Codes, captions: Codes, batch,
@@ -397,7 +417,8 @@ class SSAMT(SSAMTIntra):
         labels = self.labels.matched(batch.image[i], batch.caption[c], P, T)
         there = torch.cat([captions.exists, captions.mask], 1)
         matched, mismatched = (label & there for label in labels)
-        return phrase_loss(torch.cat([cosines.phrases, cosines.words], 1), matched, mismatched, margin)
+        units = torch.cat([cosines.phrases, cosines.words], 1)
+        return phrase_loss(units, matched, mismatched, margin)
 
     def total(self, costs: dict, found_caption: Tensor, found_image: Tensor) -> dict[str, Tensor]:
         "Weighted sums over the items that had something wrong to be compared with."
@@ -412,8 +433,11 @@ class SSAMT(SSAMTIntra):
 
 # %% ../../nbs/15_ssamt.ipynb #ssamt-scores
 @torch.no_grad()
-def phrase_scores(matcher: SSAMT, split: Split, row: int, sentences: list[str]) -> list[tuple[TextGraph, list[float]]]:
-    "The graph of each sentence, and how well each of its phrases agrees with a picture; infinite for those that have no node."
+def phrase_scores(matcher: SSAMT,  # with its vocabulary
+                  split: Split, row: int, # the picture
+                  sentences: list[str],
+                 ) -> list[tuple[TextGraph, list[float]]]:
+    "The graph of each sentence, and how well its phrases fit a picture; infinite: has no node."
     device = next(matcher.parameters()).device
     said = matcher.encode_captions(Captions.from_text(sentences, matcher.vocab).to(device))
     picture = matcher.encode_images(split.regions([row]).to(device))
@@ -426,7 +450,7 @@ def blame(matcher: SSAMT,    # with its vocabulary
           split: Split, row: int, # the picture
           sentence: str,
          ) -> list[tuple[str, float]]: # the phrases and how well they agree, worst first
-    "The phrases of a sentence, the one that fits a picture least first. Empty where the sentence has none."
+    "The phrases of a sentence, the one that fits a picture least first."
     [(graph, agreed)] = phrase_scores(matcher, split, row, [sentence])
     found = [(text, a) for text, a in zip(graph.texts, agreed) if a < torch.inf]
     return sorted(found, key=lambda pair: pair[1])
@@ -435,8 +459,13 @@ def blame(matcher: SSAMT,    # with its vocabulary
 def least(agreed: list[float]) -> int:
     return min(range(len(agreed)), key=agreed.__getitem__)
 
-def blame_accuracy(matcher: SSAMT, split: Split) -> dict[str, tuple[int, float, float, float]]: # kind of probe -> probes; percent: right, by chance, in the true sentence
-    "How often the phrase that fits least is one of those that make a probe's false sentence false. Probes in which all phrases are culprits, or none is, are left out."
+def blame_accuracy(matcher: SSAMT, split: Split,
+                  ) -> dict[str, tuple[int, float, float, float]]:
+    """How often the phrase that fits least is one that makes a probe's false sentence false.
+
+    Kind of probe -> number of probes; percent: right, by chance, in the true sentence.
+    Probes in which all phrases are culprits, or none is, are left out.
+    """
     answers = {}
     for probe in need(split, 'probes', 'blame accuracy'):
         sentences = [probe['false'], probe['true']]
@@ -456,7 +485,8 @@ def blame_accuracy(matcher: SSAMT, split: Split) -> dict[str, tuple[int, float, 
     return table
 
 # %% ../../nbs/15_ssamt.ipynb #ssamt-scale-accuracy
-def others(image: Tensor, seed: int) -> Tensor: # (M,) picture of each caption -> (M,) caption indices
+def others(image: Tensor, # (M,) picture of each caption
+           seed: int) -> Tensor: # (M,) caption indices
     "For every caption a random one of another picture."
     generator = torch.Generator().manual_seed(seed)
     found = torch.randint(len(image), (len(image),), generator=generator)
@@ -466,37 +496,40 @@ def others(image: Tensor, seed: int) -> Tensor: # (M,) picture of each caption -
     return found
 
 @torch.no_grad()
-def scale_accuracy(matcher: SSAMT,  # with its vocabulary
-                   split: Split,
-                   *, seed: int = 0, # of the wrong partners
-                  ) -> dict[str, tuple[float, float]]: # scale -> percent: picture to text, text to picture
-    "How often each scale alone tells a true pair from a random wrong one (SSAMT's analysis). 'phrase' is our reading: inside the wrong pair, matched units are above mismatched ones, of pairs that have both."
-    device, vocab = next(matcher.parameters()).device, matcher.vocab
-    image = torch.from_numpy(split.caption_image)
-    labels = PhraseLabels([vocab.parser(c) for c in split.captions], image)
-    images = encode(matcher.encode_images, image_chunks(split), device=device)
-    encoded = split.encoded(vocab)
+def scale_accuracy(matcher: SSAMT,
+                   images: Codes,        # of all pictures
+                   captions: Captions,   # all of them, with their phrases
+                   image: Tensor,        # (M,) picture of each caption
+                   labels: PhraseLabels, # of these captions
+                   *, seed: int = 0,     # of the wrong partners
+                  ) -> dict[str, tuple[float, float]]: # scale -> percent i2t, t2i
+    """How often each scale alone tells a true pair from a random wrong one (SSAMT's analysis).
+
+    'phrase' is our reading: inside the wrong pair, the mean of the matched units is above that
+    of the mismatched ones; pairs that lack either are left out.
+    """
     wrong, answers = others(image, seed), {}
-    for some in encoded.lengths.argsort().split(256):
+    for some in captions.lengths.argsort().split(256):
         pairs = dict(true=(image[some], some), i2t=(image[some], wrong[some]),
                      t2i=(image[wrong[some]], some))
-        found = {name: of_pairs(matcher, images, encoded, labels, *pair)
+        found = {name: of_pairs(matcher, images, captions, labels, *pair)
                  for name, pair in pairs.items()}
         for name in ('i2t', 't2i'):
             true, false = found['true'], found[name]
             answers.setdefault(('global', name), []).append(true.wholes > false.wholes)
             side = 'units' if name == 'i2t' else 'regions'
-            answers.setdefault(('local', name), []).append(getattr(true, side) > getattr(false, side))
+            closer = getattr(true, side) > getattr(false, side)
+            answers.setdefault(('local', name), []).append(closer)
             answers.setdefault(('phrase', name), []).append(false.higher[false.both])
     percent = {key: 100 * float(torch.cat(some).double().mean()) for key, some in answers.items()}
     return {scale: (percent[scale, 'i2t'], percent[scale, 't2i'])
             for scale in ('global', 'local', 'phrase')}
 
-def of_pairs(matcher: SSAMT, images: Codes, encoded, labels: PhraseLabels,
-             i: Tensor, c: Tensor) -> Codes: # (N,) pictures, captions of a split
+def of_pairs(matcher: SSAMT, images: Codes, captions: Captions, labels: PhraseLabels,
+             i: Tensor, c: Tensor) -> Codes: # (N,) pictures and captions
     "All scales of some pairs, and whether matched units are above mismatched ones."
     device = images.x.device
-    v, t = images[i.to(device)], matcher.encode_captions(encoded[c].to(device))
+    v, t = images[i.to(device)], matcher.encode_captions(captions[c].to(device))
     cosines = matcher.compare_by_size(v, t)
     whole, units, regions = matcher.scales(cosines, v, t)
     P, T = t.exists.shape[1], t.mask.shape[1]
