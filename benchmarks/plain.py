@@ -72,7 +72,7 @@ def scan(matcher: Matcher, images: Codes, captions: Codes) -> Tensor:
 
 
 def camp(matcher: Matcher, images: Codes, captions: Codes) -> Tensor:
-    "As in the paper (eq. 1 to 12), with element-wise or scalar gates; projected once an item, as in the codes."
+    "As in the paper (eq. 1 to 12), with element-wise or scalar gates; projected once an item."
     scale = math.sqrt(images.x.shape[2])
 
     def side(x, x_there, y, y_there, affinity, fusion, pool): # (B, L, D), (B, K, D), (B, L, K) -> (B, D)
@@ -101,7 +101,7 @@ def camp(matcher: Matcher, images: Codes, captions: Codes) -> Tensor:
 
 
 def camp_released(matcher: Matcher, images: Codes, captions: Codes) -> Tensor:
-    "As released: captions padded to 50 tokens, two levels of messages, all projections anew for every caption."
+    "As released: captions padded to 50 tokens, two levels of messages, projected anew for every caption."
     scale = math.sqrt(images.x.shape[2])
 
     def unit(x): return x / (x.norm(dim=-1, keepdim=True) + 1e-8)
@@ -160,7 +160,7 @@ def ssamt(matcher: Matcher, images: Codes, captions: Codes) -> Tensor:
     for c in range(len(captions)):
         t = cut(captions[c:c + 1])[[0] * len(images)]
         P, T = t.exists.shape[1], t.mask.shape[1]
-        x, sees = matcher.nodes(images, t)                                          # (B, 1 + P + T + 1 + R, D)
+        x, sees = matcher.nodes(images, t)                                          # (B, 2 + P + T + R, D)
         for layer in matcher.inter.layers:
             x = transformer_layer(layer, x, sees)
         x = matcher.inter.norm(x)
@@ -209,7 +209,10 @@ FORMS = { # name of a row -> model, arguments; all others are models as they are
     'scan both': ('scan', dict(direction='both')),
     'camp scalar gates': ('camp', dict(gate='scalar')),
     'camp released': ('camp', dict(form='released')),
-    'ssamt phase 1': ('ssamt-intra', {})} # for training alone: it scores as vse does
+    # for training alone:
+    'camp stage 1': ('camp-stage1', {}),
+    'ssamt phase 1': ('ssamt-intra', {}),
+    'ssamt phase 2': ('ssamt', {})}
 
 
 def form(name: str) -> tuple[str, dict]:
