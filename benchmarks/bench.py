@@ -1,37 +1,116 @@
-"""Speed and memory side by side in one interleaved run: `make bench`, or `python -m benchmarks.bench [--quick] [--width 1024] [--rounds 5] [--out FILE]`.
+"""Speed and memory side by side in one interleaved run: `make bench`, or
+`python -m benchmarks.bench [--quick] [--width 1024] [--rounds 5] [--out FILE]`.
 
-Every figure is a median over rounds in which all forms take turns, so that what else the machine does hits all alike. Times say little beyond this machine:
-read the ratios to the plain form, and the shares of the matmul peak measured in the same rounds. Figures go to benchmarks/results.json.
+Every figure is a median over rounds in which all forms take turns, so that what else the machine does
+hits all alike. Times say little beyond this machine: read the ratios to the plain form, and the shares of
+the matmul peak measured in the same rounds. Forms that are dear are timed on few pairs, as many as a try
+says. Beside them stand the multiply-adds of a pair, as counted, and those that no exact form can do
+without: see `least`. Figures go to benchmarks/results.json.
 """
 import argparse
+import inspect
 import platform
 import statistics
 import tempfile
 import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plain import PLAIN, form
 from imtm_lite.cli import commit
-from imtm_lite.data import Split, batches, plan
-from imtm_lite.losses import Triplet
+from imtm_lite.data import Batch, Split, batches, plan
+from imtm_lite.encoders import Codes, Matcher
+from imtm_lite.losses import HardestBCE, Triplet
+from imtm_lite.models.ssamt import SSAMTIntra
 from imtm_lite.phrases import Entity, PhraseLabels, TextGraph
 from imtm_lite.recall import evaluate
 from imtm_lite.regions import Regions
 from imtm_lite.results import write_json
-from imtm_lite.scoring import PeakBytes, score
+from imtm_lite.scoring import PeakBytes, pair_bytes, score, tile_shape
 from imtm_lite.text import Captions, Vocab
-from imtm_lite.train import MODELS, arguments_for
+from imtm_lite.train import MODELS
 
-REGIONS, WORDS = 36, 200
-MOST = {'fast': (200_000, 4096), 'plain': (2048, 96)} # pairs timed in a round; the second figure is for CAMP
+REGIONS, WORDS, PREDICATES = 36, 200, 20
+CLASSES = {'ssamt-intra': SSAMTIntra} | MODELS
+TRAINED = [*(name for name in PLAIN if name != 'ssamt'), 'camp stage 1', 'ssamt phase 1', 'ssamt phase 2']
+SECONDS = 1.        # that one timing should take
+AT_LEAST = 200      # pairs of a timing, whatever they cost: `score` tries 20 on top to find its tiles
+ALIGNED = 64        # pairs that `pairs` is asked for
+AT_ONCE = 32        # pictures that a plain form is given, with two captions at least
 say = Console()
 
+
+# What is measured: matchers, and data of the papers' shape
+
+def items(n_images: int, n_captions: int, seed: int = 0, region_width: int = 64) -> tuple[Regions, Captions]:
+    "Random pictures of 36 regions; captions of 10 to 20 tokens, 14 on average as on Flickr30K; 3 phrases."
+    g = torch.Generator().manual_seed(seed)
+    corners = torch.rand(n_images, REGIONS, 2, 2, generator=g).sort(2).values  # (B, R, low/high, x/y)
+    ends = [torch.randint(0, n, (n_images, 25), generator=g) for n in (REGIONS, PREDICATES, REGIONS)]
+    regions = Regions(
+        features=torch.rand(n_images, REGIONS, region_width, generator=g),
+        boxes=corners.flatten(2), sizes=torch.full((n_images, 2), 500.),
+        triples=torch.stack(ends, -1), confidence=torch.rand(n_images, 25, generator=g))
+    lengths = (10 + torch.poisson(torch.full((n_captions,), 4.), generator=g)).clamp(max=20).long().tolist()
+    captions = Captions.from_ids([torch.randint(4, WORDS, (n,), generator=g).tolist() for n in lengths])
+    phrases = [[(0, span(n, 0, 3)), (0, span(n, 5, 8)), (1, span(n, 0, 8))] for n in lengths]
+    return regions, captions.with_units(phrases)
+
+
+def span(length: int, start: int, end: int) -> list[int]: # of a caption with <start> and <end>
+    "The tokens of a phrase."
+    return list(range(1 + start, min(1 + end, length - 1)))
+
+
+def build(name: str, width: int, region_width: int = 64) -> Matcher:
+    "The matcher of a row, in evaluation mode."
+    torch.manual_seed(0)
+    model, arguments = form(name)
+    facts = dict(region_width=region_width, words=WORDS, predicates=PREDICATES, width=width, word_width=32)
+    if model.startswith('ssamt'):
+        facts |= dict(heads=max(2, width // 64), feedforward=2 * width)    # 16 and 2048, at 1024
+    known = inspect.signature(CLASSES[model]).parameters
+    matcher = CLASSES[model](**{k: v for k, v in facts.items() if k in known}, **arguments)
+    for p in matcher.parameters():
+        if p.ndim == 2 and not p.any():                                    # layers that begin as zeros
+            nn.init.xavier_uniform_(p.data)
+    return matcher.eval()
+
+
+def training_matcher(name: str, width: int, size: int, region_width: int = 64) -> Matcher:
+    "The matcher of a row with its loss, ready for `training_batch`."
+    matcher = build(name, width, region_width).train()
+    matcher.criterion = HardestBCE() if form(name)[0] == 'camp' else Triplet()
+    if form(name)[0] == 'ssamt':
+        matcher.intra.requires_grad_(False)                                # phase 1 is over
+        matcher.labels = PhraseLabels([graph(c) for c in range(size)], range(size))
+    return matcher
+
+
+def graph(c: int) -> TextGraph:
+    "Three phrases of one word each; a wrong picture may have one of them and lack another."
+    heads = [f'thing{(c + p) % 7}' for p in range(3)]
+    return TextGraph(tuple(heads), tuple(Entity(p, p + 1, head) for p, head in enumerate(heads)))
+
+
+def training_batch(size: int, region_width: int = 64) -> Batch:
+    "As many pictures as captions, all of different pictures."
+    regions, captions = items(size, size, seed=1, region_width=region_width)
+    rows = torch.arange(size)
+    return Batch(regions, captions, rows, rows, rows)
+
+
+# How it is measured: seconds, multiply-adds, bytes
 
 def clock(f) -> float: # seconds
     began = time.perf_counter()
@@ -40,154 +119,351 @@ def clock(f) -> float: # seconds
 
 
 def peak_flops(n: int = 1024) -> float:
-    "Multiply-adds of a square matmul, counted as two operations each, a second."
+    "Operations a second of a square matmul; a multiply-add counts as two."
     a, b = torch.randn(n, n), torch.randn(n, n)
     return 2 * n ** 3 / min(clock(lambda: a @ b) for _ in range(3))
 
 
-def items(n_images: int, n_captions: int, seed: int = 0) -> tuple[Regions, Captions]:
-    "Random pictures of 36 regions and captions of 10 to 20 tokens, 14 on average as on Flickr30K."
-    g = torch.Generator().manual_seed(seed)
-    corner = torch.rand(n_images, REGIONS, 2, 2, generator=g).sort(2).values.flatten(2)                  # x0 y0 x1 y1
-    triples = torch.stack([torch.randint(0, k, (n_images, 25), generator=g) for k in (REGIONS, 20, REGIONS)], -1)
-    regions = Regions(features=torch.rand(n_images, REGIONS, 64, generator=g), boxes=corner, sizes=torch.full((n_images, 2), 500.), triples=triples,
-                      confidence=torch.rand(n_images, 25, generator=g))
-    lengths = (10 + torch.poisson(torch.full((n_captions,), 4.), generator=g)).clamp(max=20).long()
-    captions = Captions.from_ids([torch.randint(4, WORDS, (k,), generator=g).tolist() for k in lengths.tolist()])
-    words = lambda k, a, b: list(range(1 + a, min(1 + b, k - 1)))
-    return regions, captions.with_units([[(0, words(k, 0, 3)), (0, words(k, 5, 8)), (1, words(k, 0, 8))] for k in lengths.tolist()])
-
-
-def build(name: str, width: int, region_width: int = 64):
-    torch.manual_seed(0)
-    model, arguments = form(name)
-    known = arguments_for(model, dict(region_width=region_width, words=WORDS, predicates=20, width=width, word_width=32))
-    return MODELS[model](**known, **arguments).eval()
+@contextmanager
+def seen_through():
+    "PyTorch's transformer layers step by step, since no counter looks into its fused ones."
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @torch.no_grad()
-def flops(f) -> int:
-    with FlopCounterMode(display=False) as counter: f()
-    return counter.get_total_flops()
+def madds(f) -> float:
+    "Multiply-adds of all matrix products."
+    with seen_through(), FlopCounterMode(display=False) as counter:
+        f()
+    return counter.get_total_flops() / 2
+
+
+def scored_madds(matcher: Matcher, images: Codes, captions: Codes) -> float: # of a pair
+    "Of `score`, without the pairs that it tries in order to find its tiles."
+    all_of_it = madds(lambda: score(matcher, images, captions))
+    tried = madds(lambda: pair_bytes(matcher, images, captions))
+    return (all_of_it - tried) / (len(images) * len(captions))
+
+
+def peak_bytes(f) -> int:
+    "Bytes alive at once beyond what was there before."
+    with seen_through(), PeakBytes() as counter:
+        f()
+    return counter.peak
+
+
+def least(name: str, D: int, R: int, T: int, P: int) -> int:
+    """Multiply-adds of a pair that no exact form can do without; `R` regions, `T` words, `P` phrases.
+
+    What belongs to one item alone is done once an item and not counted, nor are products without the width.
+    All but vse compare regions with words, R T D. CAMP compares once more for its messages (released: twice,
+    each side has queries and keys of its own), scalar gates once for themselves, and 2 R T D form what stands
+    before the ReLU. With an element-wise gate the layer stands behind the gate, in the release the pooling's
+    hidden layer behind the ReLU: either goes through every position of every pair, (R + T) D D. SSAMT sends
+    n = 2 + P + T + R nodes through two layers of 8 n D D (hidden layer 2 D) and attention; only the first
+    queries, keys and values, 3 n D D, and the first products inside an item belong to the items.
+    """
+    compare, every = R * T * D, (R + T) * D
+    if name == 'vse':
+        return D
+    if name == 'camp':                # affinity, messages; layer; pooling; head
+        return 3 * compare + every * D + 2 * every + D * D + D
+    if name == 'camp scalar gates':   # affinity, gates, what is sent; pooling; head
+        return 4 * compare + 2 * every + D * D + D
+    if name == 'camp released':       # two affinities, gates, what is sent; pooling with four heads; head
+        return 5 * compare + every * D + 5 * every + 2 * D * D + D
+    if name == 'ssamt':
+        text, image = 1 + P + T, 1 + R
+        n = text + image
+        first = 2 * text * image * D + n * n * D + 5 * n * D * D
+        second = 2 * n * n * D + 8 * n * D * D
+        return first + second + n * D
+    return compare
+
+
+def least_of(name: str, images: Codes, captions: Codes) -> float:
+    "The mean over captions of any length."
+    if captions.mask is None:
+        return least(name, captions.vector.shape[1], 0, 0, 0)
+    exists = dict(captions.items()).get('exists')
+    words = captions.mask.sum(1).tolist()
+    phrases = exists.sum(1).tolist() if exists is not None else [0] * len(words)
+    R, D = images.x.shape[1:]
+    return statistics.mean(least(name, D, R, T, P) for T, P in zip(words, phrases))
+
+
+# Scoring
+
+@dataclass
+class Timed:
+    "One form of one model's scoring, and what was found."
+    model: str
+    form: str
+    run: Callable
+    pairs: int
+    madds: float    # of a pair
+    least: float    # of a pair
+    memory: int     # bytes
+    seconds: list[float] = field(default_factory=list)
+    share: list[float] = field(default_factory=list)
+
+    def turn(self, peak: float):
+        "Once more; the share is of a peak that was measured just before."
+        self.seconds.append(clock(self.run))
+        self.share.append(2 * self.madds * self.pairs / self.seconds[-1] / peak)
+
+    @property
+    def speed(self) -> float: # pairs a second
+        return self.pairs / statistics.median(self.seconds)
+
+    def row(self, shape, plain: 'Timed') -> dict:
+        return dict(
+            what='scoring', model=self.model, form=self.form, shape=list(shape), timed_pairs=self.pairs,
+            per_s=round(self.speed, 1), ratio_to_plain=round(self.speed / plain.speed, 2),
+            peak_share=round(statistics.median(self.share), 3), peak_mb=round(self.memory / 2 ** 20, 1),
+            madds_a_pair=round(self.madds), least_a_pair=round(self.least))
+
+
+def spread(captions: Codes, n: int) -> Codes:
+    "So many captions, their lengths as in the whole."
+    if n >= len(captions):
+        return captions
+    lengths = torch.zeros(len(captions)) if captions.mask is None else captions.mask.sum(1).cpu()
+    places = ((torch.arange(n) + .5) / n * len(captions)).long()
+    chosen = lengths.argsort(stable=True)[places]
+    return captions[chosen.sort().values.tolist()]
+
+
+def affordable(images: Codes, captions: Codes, pairs: float) -> tuple[Codes, Codes]:
+    "A part of both with about so many pairs, as square as can be."
+    height, width = tile_shape(pairs, len(images), len(captions))
+    return images[:height], spread(captions, width)
+
+
+def fast_form(name: str, matcher: Matcher, images: Codes, captions: Codes) -> Timed:
+    "The library's `score`."
+    few = images[:8], spread(captions, 8)
+    cost = clock(lambda: matcher.match(*few)) / (len(few[0]) * len(few[1]))    # seconds a pair
+    v, t = affordable(images, captions, max(AT_LEAST, SECONDS / cost))
+
+    def run(): return score(matcher, v, t)
+    return Timed(name, 'fast', run, len(v) * len(t), scored_madds(matcher, v, t), least_of(name, v, t),
+                 peak_bytes(run))
+
+
+def pairs_form(name: str, matcher: Matcher, images: Codes, captions: Codes) -> Timed:
+    "Aligned pairs, which is what a pair encoder is asked for where it reranks."
+    v, t = affordable(images, captions, ALIGNED)
+    rows = torch.arange(len(v)).repeat(len(t))
+    columns = torch.arange(len(t)).repeat_interleave(len(v))
+    v, t = v[rows], t[columns]
+
+    def run(): return matcher.pairs(v, t)
+    return Timed(name, 'pairs', run, len(v), madds(run) / len(v), least_of(name, v, t), peak_bytes(run))
+
+
+def plain_form(name: str, matcher: Matcher, images: Codes, captions: Codes) -> Timed:
+    "One caption at a time."
+    plain, v = PLAIN[name], images[:AT_ONCE]
+    cost = clock(lambda: plain(matcher, v, spread(captions, 1)))               # seconds a caption
+    t = spread(captions, max(2, int(SECONDS / cost)))
+
+    def run(): return plain(matcher, v, t)
+    pairs = len(v) * len(t)
+    return Timed(name, 'plain', run, pairs, madds(run) / pairs, least_of(name, v, t), peak_bytes(run))
+
+
+@torch.no_grad()
+def forms_of(name: str, width: int, regions: Regions, captions: Captions) -> list[Timed]:
+    "The forms of a model, each with as many pairs as the time allows by a try on few."
+    matcher = build(name, width)
+    codes = matcher.encode_images(regions), matcher.encode_captions(captions)
+    kinds = [fast_form, plain_form]
+    if type(matcher).first_scores is not None:
+        kinds.append(pairs_form)
+    return [kind(name, matcher, *codes) for kind in kinds]
 
 
 @torch.no_grad()
 def scoring(shapes, width: int, rounds: int) -> list[dict]:
-    "Pairs a second of every model and its plain form. A form that would take long is timed on a part of the captions: pairs are alike."
+    "Pairs a second of every model and its plain form; what CMSEI and Hire cost beside SCAN both ways."
     rows = []
-    for n_images, n_captions in shapes:
-        regions, captions = items(n_images, n_captions)
-        forms = {}
+    for shape in shapes:
+        regions, captions = items(*shape)
+        forms = []
         for name in PLAIN:
-            matcher = build(name, width)
-            v, t = matcher.encode_images(regions), matcher.encode_captions(captions)
-            for form, f in (('fast', lambda m, a, b: score(m, a, b)), ('plain', PLAIN[name])):
-                n = n_images if form == 'fast' else min(n_images, 32)
-                a, b = v[:n], t[torch.linspace(0, n_captions - 1, min(n_captions, max(2, MOST[form][name == 'camp'] // n))).long()]
-                forms[name, form] = dict(run=lambda f=f, m=matcher, a=a, b=b: f(m, a, b), pairs=n * len(b), seconds=[], share=[],
-                                         flops=flops(lambda f=f, m=matcher, a=a, b=b: f(m, a, b)) / (n * len(b)), memory=memory(f, matcher, a, b))
+            forms += forms_of(name, width, regions, captions)
         for _ in range(rounds):
             peak = peak_flops()
-            for x in forms.values():
-                x['seconds'].append(clock(x['run']))
-                x['share'].append(x['flops'] * x['pairs'] / x['seconds'][-1] / peak)
-        speed = {k: x['pairs'] / statistics.median(x['seconds']) for k, x in forms.items()}
-        for (name, form), x in forms.items():
-            rows.append(dict(what='scoring', model=name, form=form, shape=[n_images, n_captions], per_s=round(speed[name, form], 1), ratio_to_plain=round(speed[name, form] / speed[name, 'plain'], 2),
-                             peak_share=round(statistics.median(x['share']), 3), peak_mb=round(x['memory'] / 2 ** 20, 1), timed_pairs=x['pairs'], mflop_a_pair=round(x['flops'] / 1e6, 3)))
+            for one in forms:
+                one.turn(peak)
+        plain = {one.model: one for one in forms if one.form == 'plain'}
+        rows += [one.row(shape, plain[one.model]) for one in forms]
+        rows += beside_scan({one.model: one for one in forms if one.form == 'fast'}, shape)
     return rows
 
 
-def memory(f, matcher, a, b) -> int: # bytes alive at once beyond the codes
-    with PeakBytes() as counter: f(matcher, a, b[:64])
-    return counter.peak
+def beside_scan(forms: dict[str, Timed], shape) -> list[dict]:
+    "How many times as long as SCAN both ways a refined pair takes: the median of the rounds' ratios."
+    base, rows = forms['scan both'], []
+    for name in ('cmsei', 'hire'):
+        one = forms[name]
+        ratios = [s / one.pairs / (b / base.pairs) for s, b in zip(one.seconds, base.seconds)]
+        rows.append(dict(what='cost', model=name, form='beside scan both', shape=list(shape),
+                         times=round(statistics.median(ratios), 2), at_most=3))
+    return rows
 
+
+# Training, ranks, loader
 
 def training(width: int, rounds: int, size: int) -> list[dict]:
-    "Seconds of a training step (forward, backward) of every model."
-    regions, captions = items(size, size)
-    rows = torch.arange(size)
-    batch = type('Batch', (), dict(regions=regions, captions=captions, image=rows, caption=rows, __len__=lambda self: size))()
-    steps, found = {}, {}
-    for name in PLAIN:
-        matcher = build(name, width).train()
-        matcher.criterion = Triplet()
-        if name == 'ssamt': matcher.labels = PhraseLabels([TextGraph((), tuple(Entity(0, 1, f'{c}{p}') for p in range(3))) for c in range(size)], range(size))
-        steps[name], found[name] = (lambda m=matcher: m(batch)['total'].backward()), []
+    "Pairs a second of a training step (forward, backward) of every model."
+    batch, steps = training_batch(size), {}
+    for name in TRAINED:
+        matcher = training_matcher(name, width, size)
+        steps[name] = lambda m=matcher: m(batch)['total'].backward()
+    found = {name: [] for name in steps}
     for _ in range(rounds):
-        for name, step in steps.items(): found[name].append(clock(step))
-    out = []
+        for name, step in steps.items():
+            found[name].append(clock(step))
+    rows = []
     for name, step in steps.items():
-        with PeakBytes() as counter: step()
-        out.append(dict(what='training step', model=name, form='fast', shape=[size, size], per_s=round(size / statistics.median(found[name]), 1), peak_mb=round(counter.peak / 2 ** 20, 1)))
-    return out
+        with PeakBytes() as counter:
+            step()
+        rows.append(dict(what='training step', model=name, form='fast', shape=[size, size],
+                         per_s=round(size / statistics.median(found[name]), 1),
+                         peak_mb=round(counter.peak / 2 ** 20, 1)))
+    return rows
+
+
+def compared(what: str, shape, n: int, forms: dict[str, Callable], rounds: int) -> list[dict]:
+    "Items a second of a fast and a plain form that take turns."
+    found = {form: [] for form in forms}
+    for _ in range(rounds):
+        for form, f in forms.items():
+            found[form].append(clock(f))
+    speed = {form: n / statistics.median(seconds) for form, seconds in found.items()}
+    return [dict(what=what, model='', form=form, shape=list(shape), per_s=round(s, 1),
+                 ratio_to_plain=round(s / speed['plain'], 2)) for form, s in speed.items()]
 
 
 def ranks(shape, rounds: int) -> list[dict]:
     "Recall of a score matrix by counting better entries, and by sorting."
-    scores, image = torch.rand(*shape), torch.arange(shape[1]) * shape[0] // shape[1]
+    scores = torch.rand(*shape)
+    image = torch.arange(shape[1]) * shape[0] // shape[1]
 
     def sort():
-        for row in scores: row.argsort(descending=True)
-        for column in scores.T: column.argsort(descending=True)
-    forms, found = {'fast': lambda: evaluate(scores, image), 'plain': sort}, {'fast': [], 'plain': []}
-    for _ in range(rounds):
-        for form, f in forms.items(): found[form].append(clock(f))
-    speed = {form: sum(shape) / statistics.median(s) for form, s in found.items()}
-    return [dict(what='ranks', model='', form=form, shape=list(shape), per_s=round(s, 1), ratio_to_plain=round(s / speed['plain'], 2)) for form, s in speed.items()]
+        for row in scores:
+            row.argsort(descending=True)
+        for column in scores.T:
+            column.argsort(descending=True)
+    forms = dict(fast=lambda: evaluate(scores, image), plain=sort)
+    return compared('ranks', shape, sum(shape), forms, rounds)
 
 
 class PlainLoader:
-    "One pair at a time, as released loaders read it: the image's row, the caption's words looked up anew; then a batch is stacked and padded."
-    def __init__(self, split: Split, vocab: Vocab): self.split, self.vocab = split, vocab
+    "One pair at a time, as released loaders read it: the image's row, the words looked up; stacked, padded."
+    def __init__(self, split: Split, vocab: Vocab):
+        self.split, self.vocab = split, vocab
 
-    def __getitem__(self, c):
-        return torch.tensor(self.split.features[self.split.caption_image[c]]).float(), torch.tensor(self.vocab.encode(self.split.captions[c]))
+    def __getitem__(self, c: int) -> tuple[Tensor, Tensor]: # (R, region width), (T,)
+        features = self.split.features[self.split.caption_image[c]]
+        return torch.tensor(features).float(), torch.tensor(self.vocab.encode(self.split.captions[c]))
 
     def batch(self, rows):
         pairs = sorted((self[c] for c in rows), key=lambda pair: len(pair[1]), reverse=True)
         images, captions = zip(*pairs)
         tokens = torch.zeros(len(captions), len(captions[0]), dtype=torch.long)
-        for row, caption in zip(tokens, captions): row[:len(caption)] = caption
+        for row, caption in zip(tokens, captions):
+            row[:len(caption)] = caption
         return torch.stack(images), tokens, [len(c) for c in captions]
 
 
+def write_split(root: Path, n: int):
+    "A training split of the papers' feature size."
+    np.save(root / 'train_ims.npy', np.random.default_rng(0).random((n, REGIONS, 2048), dtype=np.float32))
+    (root / 'train_ids.txt').write_text(''.join(f'{i}\n' for i in range(n)))
+    (root / 'train_caps.txt').write_text('a dog runs after a red ball on the grass\n' * 5 * n)
+
+
 def loader(n: int, rounds: int, workers: int = 2) -> list[dict]:
-    "Samples a second from memory-mapped features of the papers' size (36 x 2048, float32), checked and read by threads, or one by one; warm."
+    "Samples a second from memory-mapped features (36 x 2048, float32), read by threads, or one by one; warm."
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        np.save(root / 'train_ims.npy', np.random.default_rng(0).random((n, REGIONS, 2048), dtype=np.float32))
-        (root / 'train_ids.txt').write_text(''.join(f'{i}\n' for i in range(n)))
-        (root / 'train_caps.txt').write_text('a dog runs after a red ball on the grass\n' * 5 * n)
-        split = Split(root, 'train')
+        write_split(Path(folder), n)
+        split = Split(Path(folder), 'train')
         vocab = Vocab.build(split.captions, 1)
-        order, plain = dict(size=128, seed=0, per_image=1), PlainLoader(split, vocab)
-        forms = {'fast': lambda epoch: [len(b) for b in batches(split, vocab, epoch=epoch, workers=workers, **order)],
-                 'plain': lambda epoch: [len(plain.batch(rows)[0]) for rows in plan(split, epoch=epoch, **order)]}
-        found = {form: [] for form in forms}
-        for epoch in range(rounds + 1):                                                              # the first reads the file into memory
-            for form, f in forms.items(): found[form].append(clock(lambda: f(epoch)))
-        speed = {form: n / statistics.median(s[1:]) for form, s in found.items()}
-    return [dict(what='loader', model='', form=form, shape=[n, REGIONS, 2048], per_s=round(s, 1), ratio_to_plain=round(s / speed['plain'], 2)) for form, s in speed.items()]
+        plain = PlainLoader(split, vocab)
+        order = dict(size=128, seed=0, per_image=1, epoch=0)
+
+        def fast_epoch():
+            for batch in batches(split, vocab, workers=workers, **order):
+                len(batch)
+
+        def plain_epoch():
+            for rows in plan(split, **order):
+                plain.batch(rows)
+        fast_epoch()                                                       # reads the file into memory
+        plain_epoch()
+        forms = dict(fast=fast_epoch, plain=plain_epoch)
+        return compared('loader', (n, REGIONS, 2048), n, forms, rounds)
+
+
+# The table
+
+def million(x: float | None) -> str:
+    return '' if x is None else f'{x / 1e6:,.2f}'
 
 
 def show(rows: list[dict], title: str):
     table = Table(title=title, title_justify='left')
-    for column in ('', 'model', 'form', 'shape', 'a second', 'ratio to plain', 'share of peak', 'peak MB'): table.add_column(column, justify='right')
-    for r in rows: table.add_row(r['what'], r['model'], r['form'], ' x '.join(map(str, r['shape'])), f"{r['per_s']:,.0f}", *(str(r.get(k, '')) for k in ('ratio_to_plain', 'peak_share', 'peak_mb')))
+    columns = ('', 'model', 'form', 'shape', 'a second', 'to plain', 'of peak', 'MB', 'M madds', 'the least')
+    for column in columns:
+        table.add_column(column, justify='right')
+    for r in rows:
+        if r['what'] == 'cost':
+            continue
+        measured = [str(r.get(k, '')) for k in ('ratio_to_plain', 'peak_share', 'peak_mb')]
+        counted = [million(r.get(k)) for k in ('madds_a_pair', 'least_a_pair')]
+        shape = ' x '.join(map(str, r['shape']))
+        table.add_row(r['what'], r['model'], r['form'], shape, f"{r['per_s']:,.0f}", *measured, *counted)
     say.print(table)
+    say.print('M madds: million multiply-adds of a pair, as counted; the least: what no exact form avoids')
+    for r in rows:
+        if r['what'] == 'cost':
+            shape = ' x '.join(map(str, r['shape']))
+            say.print(f"{shape}: {r['model']} costs {r['times']} times scan both (aim: {r['at_most']})")
 
 
-if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main():
+    plainly = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plainly)
     parser.add_argument('--quick', action='store_true', help='small shapes, one round: does everything run?')
     parser.add_argument('--width', type=int, default=1024)
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--out', type=Path, default=Path(__file__).parent / 'results.json')
     a = parser.parse_args()
-    if a.quick: a.width, a.rounds = 32, 1
-    rows = scoring([(8, 20)] if a.quick else [(64, 320), (200, 1000)], a.width, a.rounds)
-    rows += training(a.width, a.rounds, 8 if a.quick else 32) + ranks((50, 250) if a.quick else (5000, 25_000), a.rounds) + loader(20 if a.quick else 1000, a.rounds)
-    for r in rows: r |= dict(threads=torch.get_num_threads(), width=a.width, torch=torch.__version__, machine=platform.machine(), library=commit())
-    show(rows, f'width {a.width}, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}, imtm_lite {commit()}, medians of {a.rounds} rounds')
+    if a.quick:
+        a.width, a.rounds = 32, 1
+        sizes = dict(shapes=[(8, 20)], batch=8, ranks=(50, 250), loader=20)
+    else:
+        sizes = dict(shapes=[(64, 320), (200, 1000)], batch=16, ranks=(5000, 25_000), loader=1000)
+    rows = scoring(sizes['shapes'], a.width, a.rounds)
+    rows += training(a.width, a.rounds, sizes['batch'])
+    rows += ranks(sizes['ranks'], a.rounds)
+    rows += loader(sizes['loader'], a.rounds)
+    about = dict(threads=torch.get_num_threads(), width=a.width, torch=torch.__version__,
+                 machine=platform.machine(), library=commit())
+    rows = [r | about for r in rows]
+    show(rows, f'width {a.width}, {about["threads"]} threads, torch {torch.__version__}, {about["machine"]}, '
+               f'imtm_lite {about["library"]}, medians of {a.rounds} rounds')
     write_json(a.out, rows)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,8 +1,10 @@
-"""The benchmarks on one GPU, in one call of at most eight minutes: `python -m benchmarks.gpu [--minutes 8] [--out FILE]`; `--quick` is a dry run on a CPU.
+"""The benchmarks on one GPU, in one call of at most eight minutes:
+`python -m benchmarks.gpu [--minutes 8] [--out FILE]`; `--quick` is a dry run on a CPU.
 
-Needs torch, numpy, einops, safetensors, accelerate, typer and tqdm, and makes its own data. Scoring of every model in float32 and bfloat16 beside its plain
-form; CAMP trained for a few hundred steps at the papers' size (36 x 2048 features, width 1024, batch 128), with its peak memory when the scores' tiles keep
-what the budget allows and when all are recomputed; the hours that the papers' schedules would take.
+Needs torch, numpy, einops, safetensors, accelerate, typer and tqdm, and makes its own data. Scoring of every
+model in float32 and bfloat16 beside its plain form; then training at the papers' size (36 x 2048 features,
+width 1024, batch 128) of CAMP as in the paper, of CAMP's released stages and of SSAMT's two phases: a few
+hundred steps in float32 and in bfloat16, peak memory, and the hours that the papers' schedules would take.
 The table comes last. What does not fit into memory or into the time is a line that says so.
 """
 import argparse
@@ -12,36 +14,53 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from benchmarks.bench import REGIONS, build, items
-from benchmarks.plain import PLAIN
-from imtm_lite.encoders import Codes
-from imtm_lite.losses import HardestBCE, Triplet
-from imtm_lite.regions import Regions
+from benchmarks.bench import PLAIN, REGIONS, affordable, build, items, madds, scored_madds, training_batch
+from benchmarks.bench import training_matcher
+from imtm_lite.data import Batch
+from imtm_lite.encoders import Codes, Matcher
 from imtm_lite.scoring import score
 from imtm_lite.train import RECIPES
 
-F30K = 29_000 # training pictures, five captions each
+F30K = 29_000       # training pictures, five captions each
+TOKENS = 14         # of a caption, on average
+PRECISIONS = (torch.float32, torch.bfloat16)
+SCHEDULES = {       # a row of the training table -> recipe, preset, and the stages of which model
+    'camp': ('camp', 'f30k', 'camp'),
+    'camp stage 1': ('camp', 'f30k-released', 'camp-stage1'),
+    'camp released': ('camp', 'f30k-released', 'camp'),
+    'ssamt phase 1': ('ssamt', 'f30k', 'ssamt-intra'),
+    'ssamt phase 2': ('ssamt', 'f30k', 'ssamt')}
+TILED = ('camp', 'camp stage 1', 'camp released')     # all pairs of a batch, in tiles that may be recomputed
 
 
 class Budget:
     "Seconds left of the whole call."
-    def __init__(self, minutes: float): self.end = time.monotonic() + 60 * minutes
-    def left(self) -> float: return self.end - time.monotonic()
+    def __init__(self, minutes: float):
+        self.end = time.monotonic() + 60 * minutes
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix('torch.')
 
 
 def wait(device: str) -> None:
-    if device == 'cuda': torch.cuda.synchronize()
+    if device == 'cuda':
+        torch.cuda.synchronize()
 
 
 def clock(f, device: str, rounds: int) -> float: # median seconds, after one round to warm up
-    f(); wait(device)
     found = []
-    for _ in range(rounds):
+    for _ in range(rounds + 1):
         began = time.perf_counter()
-        f(); wait(device)
+        f()
+        wait(device)
         found.append(time.perf_counter() - began)
-    return statistics.median(found)
+    return statistics.median(found[1:])
 
 
 def peak(device: str, dtype: torch.dtype, n: int) -> float: # operations a second of a square matmul
@@ -49,90 +68,196 @@ def peak(device: str, dtype: torch.dtype, n: int) -> float: # operations a secon
     return 2 * n ** 3 / clock(lambda: a @ b, device, 5)
 
 
-def memory_of(f, device: str) -> float | None: # MB at the peak beyond what stood there; None where nobody counts
-    if device != 'cuda': f(); return None
-    torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
+def memory_of(f, device: str) -> float | None:
+    "MB at the peak beyond what stood there; None where nobody counts."
+    if device != 'cuda':
+        f()
+        return None
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    f(); wait(device)
+    f()
+    wait(device)
     return round((torch.cuda.max_memory_allocated() - before) / 2 ** 20, 1)
 
 
+# Scoring
+
 @torch.no_grad()
-def scoring(device: str, width: int, shape: tuple[int, int], rounds: int, budget: Budget) -> list[dict]:
-    "Pairs a second of every model: fast in float32 and bfloat16, plain in float32; largest difference of the bfloat16 scores."
+def scoring(device: str, width: int, shape: tuple[int, int], rounds: int,
+            peaks: dict[torch.dtype, float], # operations a second of a matmul
+            budget: Budget) -> list[dict]:
+    "Pairs a second of every model: fast in float32 and bfloat16, plain in float32."
     regions, captions = items(*shape)
+    regions, captions = regions.to(device), captions.to(device)
     rows = []
-    for name in PLAIN:
-        if budget.left() < 60: rows.append(dict(what='scoring', model=name, form='not run: no time left')); continue
-        matcher = build(name, width).to(device).eval()
-        v, t = matcher.encode_images(regions.to(device)), matcher.encode_captions(captions.to(device))
-        few = v[:32], t[:32]
-        exact = score(matcher, v, t)
-        plain = clock(lambda: PLAIN[name](matcher, *few), device, rounds) / (len(few[0]) * len(few[1]))
-        for form, dtype in (('float32', torch.float32), ('bfloat16', torch.bfloat16)):
-            m = matcher.to(dtype)
-            a, b = (Codes(**{k: x.to(dtype) if x.is_floating_point() else x for k, x in codes.items()}) for codes in (v, t))
-            seconds = clock(lambda: score(m, a, b), device, rounds) / (shape[0] * shape[1])
-            rows.append(dict(what='scoring', model=name, form=form, shape=list(shape), per_s=round(1 / seconds, 1), ratio_to_plain=round(plain / seconds, 2),
-                             peak_mb=memory_of(lambda: score(m, a, b), device), largest_difference=float((score(m, a, b) - exact).abs().max())))
+    for k, name in enumerate(PLAIN):
+        seconds = budget.left() / 2 / (len(PLAIN) - k)      # half of the time is for training
+        if seconds < 2:
+            rows.append(dict(what='scoring', model=name, form='not run: no time left'))
+            continue
+        matcher = build(name, width).to(device)
+        codes = matcher.encode_images(regions), matcher.encode_captions(captions)
+        rows += scored(name, matcher, *codes, device, rounds, seconds, peaks)
     return rows
 
 
-def training(device: str, width: int, region_width: int, size: int, steps: int, precision: torch.dtype, budget: Budget) -> list[dict]:
-    "CAMP's two losses at the papers' size: pairs a second, memory, and hours for the schedule of the release."
-    rows, epochs = [], {'camp-stage1': [s for s in RECIPES['camp']['f30k'] if s['model'] == 'camp-stage1'], 'camp': [s for s in RECIPES['camp']['f30k'] if s['model'] == 'camp']}
-    for name, criterion in (('camp-stage1', Triplet()), ('camp', HardestBCE())):
-        regions, captions = items(size, size, seed=1)
-        regions = Regions(features=torch.rand(size, REGIONS, region_width)).to(device)
-        row = torch.arange(size, device=device)
-        batch = type('Batch', (), dict(regions=regions, captions=captions.to(device), image=row, caption=row))()
-        matcher = build(name, width, region_width).to(device).train()
-        matcher.criterion = criterion
-        optimiser = torch.optim.Adam(matcher.parameters(), lr=2e-4)
+def scored(name: str, matcher: Matcher, images: Codes, captions: Codes, device: str, rounds: int,
+           seconds: float, # for all of it
+           peaks: dict[torch.dtype, float]) -> list[dict]:
+    "One model's rows, on as many pairs as the time allows."
+    few = affordable(images, captions, 256)
+    cost = clock(lambda: score(matcher, *few), device, 1) / (len(few[0]) * len(few[1]))    # seconds a pair
+    v, t = affordable(images, captions, max(1024, seconds / (2 * rounds + 8) / cost))
+    pairs = len(v) * len(t)
+    exact = score(matcher, v, t)
+    operations = 2 * scored_madds(matcher, *few)
+    some = images[:32], captions[:8]
+    plain = clock(lambda: PLAIN[name](matcher, *some), device, rounds) / (len(some[0]) * len(some[1]))
+    rows = []
+    for dtype in PRECISIONS:
+        m, a, b = matcher.to(dtype), v.to(dtype), t.to(dtype)
+        found = clock(lambda: score(m, a, b), device, rounds) / pairs
+        rows.append(dict(
+            what='scoring', model=name, form=short(dtype), shape=[len(v), len(t)], per_s=round(1 / found, 1),
+            ratio_to_plain=round(plain / found, 2), peak_share=round(operations / found / peaks[dtype], 3),
+            peak_mb=memory_of(lambda: score(m, a, b), device),
+            largest_difference=float((score(m, a, b) - exact).abs().max())))
+    return rows
 
-        def step():
-            with torch.autocast(device, precision, enabled=precision != torch.float32): loss = matcher(batch)['total']
-            optimiser.zero_grad(set_to_none=True); loss.backward(); optimiser.step()
-            return float(loss.detach())
-        about = dict(what='training', model=name, form=str(precision).removeprefix('torch.'), shape=[size, REGIONS, region_width])
+
+# Training
+
+class Trainer:
+    "Steps of Adam on one batch."
+    def __init__(self, matcher: Matcher, batch: Batch, device: str, precision: torch.dtype):
+        self.matcher, self.batch = matcher, batch
+        self.device, self.precision = device, precision
+        self.optimiser = torch.optim.Adam([p for p in matcher.parameters() if p.requires_grad], lr=1e-4)
+
+    def step(self) -> Tensor: # the loss
+        with torch.autocast(self.device, self.precision, enabled=self.precision != torch.float32):
+            loss = self.matcher(self.batch)['total']
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.matcher.parameters(), 2.)
+        self.optimiser.step()
+        return loss.detach()
+
+
+def training(device: str, width: int, region_width: int, size: int, steps: int,
+             peaks: dict[torch.dtype, float], budget: Budget) -> list[dict]:
+    "So many steps of every row of SCHEDULES, in float32 and bfloat16: losses, pairs a second, memory, hours."
+    rows, batch = [], training_batch(size, region_width).to(device)
+    runs = [(name, precision) for name in SCHEDULES for precision in PRECISIONS]
+    for k, (name, precision) in enumerate(runs):
+        about = dict(what='training', model=name, form=short(precision), shape=[size, REGIONS, region_width])
+        seconds = budget.left() / (len(runs) - k)
+        if seconds < 2:
+            rows.append(about | dict(note='not run: no time left'))
+            continue
         try:
-            matcher.memory = 0                                    # every tile computed a second time in the backward pass
-            step()                                                # what the optimiser keeps is there from now on
-            least = memory_of(step, device)
-            matcher.memory = None                                 # the budget of `match_by_length`
-            used = memory_of(step, device)
-            losses, began = [], time.perf_counter()
-            while len(losses) < steps and budget.left() > 30: losses.append(step())
-            wait(device)
-            seconds = (time.perf_counter() - began) / max(1, len(losses))
+            matcher = training_matcher(name, width, size, region_width).to(device)
+            trainer = Trainer(matcher, batch, device, precision)
+            rows.append(about | trained(name, trainer, steps, seconds, size, peaks[precision]))
         except torch.cuda.OutOfMemoryError as fault:
-            rows.append(about | dict(note=f'out of memory: {str(fault)[:80]}')); continue
-        hours = sum(s['epochs'] * F30K * (s['per_image'] or 5) for s in epochs[name]) / size * seconds / 3600
-        rows.append(about | dict(steps=len(losses), first_loss=losses[0], last_loss=losses[-1], per_s=round(size / seconds, 1), pairs_per_s=round(size ** 2 / seconds), peak_mb=used, peak_mb_recomputed=least,
-                                 projected_hours=round(hours, 1), note='tiles of 32 x 16 pairs, kept up to 8 GiB, then recomputed; peak_mb_recomputed: all of them'))
+            rows.append(about | dict(note=f'out of memory: {str(fault)[:80]}'))
     return rows
+
+
+def trained(name: str, trainer: Trainer, steps: int, seconds: float, size: int, peak: float) -> dict:
+    "What a run of one row shows, in about so many seconds."
+    device, figures = trainer.device, {}
+    began = time.perf_counter()
+    trainer.matcher.memory = 0                      # every tile computed a second time in the backward pass
+    first = float(trainer.step())                   # what the optimiser keeps is there from now on
+    if name in TILED:
+        figures['peak_mb_recomputed'] = memory_of(trainer.step, device)
+        figures['note'] = 'tiles of 32 x 16 pairs, kept up to 8 GiB, then recomputed'
+    trainer.matcher.memory = None                   # the budget of `match_by_length`
+    figures['peak_mb'] = memory_of(trainer.step, device)
+    trainer.step()
+    wait(device)
+    losses, start = [], time.perf_counter()
+    while len(losses) < steps and (not losses or time.perf_counter() - began < seconds):
+        losses.append(float(trainer.step()))
+    a_step = (time.perf_counter() - start) / len(losses)
+    forward = 2 * madds(lambda: trainer.matcher(trainer.batch)) # operations; backward there are twice as many
+    return figures | dict(
+        steps=len(losses), first_loss=first, last_loss=losses[-1], per_s=round(size / a_step, 1),
+        peak_share=round(3 * forward / a_step / peak, 3), projected_hours=hours(name, a_step, size))
+
+
+def hours(name: str, a_step: float, size: int) -> float | None:
+    """Of the schedule's stages, at the measured seconds a step; None where the recipes have no such stage.
+
+    SSAMT's batches are counted in instances, regions and words; where all pairs of a batch are scored, a
+    larger batch costs more an item. Frozen parameters are taken for trained ones: an upper bound.
+    """
+    model, preset, stage_model = SCHEDULES[name]
+    stages = [s for s in RECIPES.get(model, {}).get(preset, []) if s['model'] == stage_model]
+    if not stages:
+        return None
+    seconds = 0.
+    for stage in stages:
+        batch = stage.get('size', size)
+        if stage.get('instances'):
+            batch = stage['instances'] / (REGIONS + TOKENS)
+        pairs = batch * (stage.get('updates') or 0) * stage.get('accumulate', 1)
+        if not pairs:
+            pairs = stage['epochs'] * F30K * (stage.get('per_image') or 5)
+        growth = batch / size if name in TILED else 1.      # where all pairs of a batch are scored
+        seconds += pairs / size * a_step * growth
+    return round(seconds / 3600, 2)
+
+
+# The table
+
+def number(value, width: int, digits: int) -> str:
+    return f'{value:{width},.{digits}f}' if value is not None else f"{'':{width}s}"
 
 
 def table(rows: list[dict]) -> str:
-    lines = [f"{'':10s}{'model':13s}{'form':10s}{'a second':>14s}{'to plain':>10s}{'peak MB':>10s}  more"]
+    titles = f"{'a second':>14s}{'to plain':>10s}{'of peak':>9s}{'peak MB':>10s}  more"
+    lines = [f"{'':10s}{'model':19s}{'form':10s}{titles}"]
+    extra = ('largest_difference', 'steps', 'first_loss', 'last_loss', 'peak_mb_recomputed',
+             'projected_hours', 'note')
     for r in rows:
-        more = ', '.join(f'{k} {r[k]:.3g}' if isinstance(r[k], float) else f'{k} {r[k]}' for k in ('largest_difference', 'pairs_per_s', 'peak_mb_recomputed', 'projected_hours', 'note') if r.get(k) is not None)
-        lines.append(f"{r['what']:10s}{r['model']:13s}{r['form']:10s}{r.get('per_s', float('nan')):14,.0f}{r.get('ratio_to_plain', float('nan')):10.2f}{r.get('peak_mb') or float('nan'):10.0f}  {more}")
+        more = []
+        for k in extra:
+            if r.get(k) is not None:
+                more.append(f'{k} {r[k]:.3g}' if isinstance(r[k], float) else f'{k} {r[k]}')
+        figures = number(r.get('per_s'), 14, 0) + number(r.get('ratio_to_plain'), 10, 2)
+        figures += number(r.get('peak_share'), 9, 3) + number(r.get('peak_mb'), 10, 0)
+        lines.append(f"{r['what']:10s}{r['model']:19s}{r['form']:10s}{figures}  {', '.join(more)}")
     return '\n'.join(lines)
 
 
-if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main():
+    plainly = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plainly)
     parser.add_argument('--quick', action='store_true', help='tiny shapes on the CPU: does everything run?')
     parser.add_argument('--minutes', type=float, default=8)
     parser.add_argument('--out', type=Path, default=Path('gpu.json'))
     a = parser.parse_args()
-    if not a.quick and not torch.cuda.is_available(): parser.error('there is no GPU here; --quick is a dry run on the CPU')
-    device, budget = ('cpu' if a.quick else 'cuda'), Budget(a.minutes - .5)
-    sizes = dict(width=32, region_width=64, size=8, steps=2) if a.quick else dict(width=1024, region_width=2048, size=128, steps=300)
-    about = dict(device=torch.cuda.get_device_name() if device == 'cuda' else 'cpu, dry run', torch=torch.__version__, cuda=torch.version.cuda,
-                 tflops={str(d).removeprefix('torch.'): round(peak(device, d, 256 if a.quick else 8192) / 1e12, 2) for d in (torch.float32, torch.bfloat16)})
-    rows = scoring(device, sizes['width'], (8, 20) if a.quick else (200, 1000), 1 if a.quick else 5, budget)
-    for precision in (torch.float32, torch.bfloat16): rows += training(device, precision=precision, budget=budget, **sizes)
+    if not a.quick and not torch.cuda.is_available():
+        parser.error('there is no GPU here; --quick is a dry run on the CPU')
+    budget = Budget(a.minutes - .5)
+    if a.quick:
+        device, name, square, rounds, shape = 'cpu', 'cpu, dry run', 256, 1, (8, 20)
+        sizes = dict(width=32, region_width=64, size=8, steps=2)
+    else:
+        device, name, square, rounds, shape = 'cuda', torch.cuda.get_device_name(), 8192, 5, (200, 1000)
+        sizes = dict(width=1024, region_width=2048, size=128, steps=300)
+    peaks = {dtype: peak(device, dtype, square) for dtype in PRECISIONS}
+    about = dict(device=name, torch=torch.__version__, cuda=torch.version.cuda,
+                 tflops={short(dtype): round(p / 1e12, 2) for dtype, p in peaks.items()})
+    rows = scoring(device, sizes['width'], shape, rounds, peaks, budget)
+    rows += training(device, peaks=peaks, budget=budget, **sizes)
     a.out.write_text(json.dumps(dict(about, rows=rows), indent=1))
-    print(json.dumps(about)); print(table(rows))
+    print(json.dumps(about))
+    print(table(rows))
+
+
+if __name__ == '__main__':
+    main()
