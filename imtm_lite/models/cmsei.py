@@ -86,6 +86,7 @@ class CMSEI(Matcher):
                  combined: bool = False,        # one set of yes-or-no edges from both graphs
                  reasoning: str = 'convolution', # or 'gated'
                  layers: int = 1,               # of reasoning along each graph
+                 identity: bool = False,        # graph layers begin as the identity, and open as far as it pays
                  refine: bool = True,           # messages change the vectors; False: attention only weighs
                  object_word: bool = True,      # objects and words attend to each other
                  object_sentence: bool = True,  # the sentence speaks to the objects
@@ -108,6 +109,8 @@ class CMSEI(Matcher):
         for name, (_, relations) in graphs.items():
             self.reasoning[name] = nn.ModuleList(REASONING[reasoning](width, relations) for _ in range(layers))
         messages = dict(object=object_word, word=object_word, sentence=object_sentence, image=word_image)
+        for layer in self.reasoning.modules():
+            if identity and hasattr(layer, 'edge'): nn.init.zeros_(layer.out.weight)
         self.gate = nn.ModuleDict({name: CosineGate() for name, sent in messages.items() if refine and sent})
 
     def explicit(self, v: Tensor, mask: Tensor, graphs: dict[str, Tensor]) -> dict[str, Tensor]: # each (B, R, D), unit length

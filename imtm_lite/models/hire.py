@@ -23,7 +23,7 @@ class Hire(CMSEI):
                  heads: int = 4,                   # of the self-attention
                  centred: bool = True,             # implicit reasoning leaves out what all regions receive alike
                  spatial: str = 'labels', semantic: bool = True, threshold: float = 0., weighted: bool = True, combined: bool = False, # all these as in `CMSEI`
-                 reasoning: str = 'convolution', layers: int = 1,
+                 reasoning: str = 'convolution', layers: int = 1, identity: bool = False,
                  refine: bool = True, object_word: bool = True, object_sentence: bool = True, word_image: bool = True,
                  temperature: float = RELEASED['t2i'], object_temperature: float = RELEASED['i2t']):
         given = {k: v for k, v in locals().items() if k not in ('self', '__class__')}
