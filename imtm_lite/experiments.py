@@ -6,19 +6,19 @@
 __all__ = ['FOLDS', 'FOLD_DEV', 'DATA', 'SAID', 'RATES', 'CANDIDATES', 'KINDS_OF_UNITS', 'MEASURES', 'SIZES', 'REAL_SIZES',
            'WORLD', 'WORLD_BUDGET', 'REAL_BUDGET', 'HIDING', 'FOLD_BUDGET', 'TWO_SOFT', 'RELATIONS', 'KINDS', 'SHORT',
            'POINTED', 'SSAMT_SMALL', 'FLICKR8K', 'TRIES', 'ON_WORLD', 'GATES_OPEN', 'BESIDE_PAPER', 'CAMP_WORLD',
-           'CAMP_FLICKR8K', 'NO_PHRASES', 'SSAMT_DATA', 'SCALES', 'SSAMT_SCORES', 'SSAMT_ABLATION', 'CMSEI_ABLATION',
-           'TOLERANCE', 'HIRE_TOLERANCE', 'SYMBOLIC', 'FOUND', 'FIRST_LOOK', 'SPANS', 'WRONG', 'PHRASES', 'AGREEMENT',
-           'EXPERIMENTS', 'FIELDS', 'Row', 'Experiment', 'stages_of', 'fingerprint', 'locked', 'is_held', 'Place',
-           'world_of', 'from_world', 'from_next_world', 'from_user', 'read_graphs', 'write_graphs', 'from_graphs',
-           'write_rows', 'write_lines', 'write_view', 'drawn', 'every', 'training_view', 'relation_wordings',
-           'relation', 'probe_counts', 'percents', 'measure_recall', 'measure_probes', 'measure_grounding',
-           'measure_size', 'corrupted', 'measure_tolerance', 'measure_scales', 'measure_blame', 'mean_vectors',
-           'measure_first_look', 'percent', 'parser_of', 'measure_spans', 'units_of', 'equal_only', 'measure_labels',
-           'label_errors', 'keys_of', 'measure_agreement', 'camp_released', 'systems', 'camp_rows', 'by_rate',
-           'stage_folders', 'log_of', 'dev_curve', 'last_health', 'time_used', 'watched', 'say_at_once', 'run_folder',
-           'claim_of', 'trained', 'run_row', 'default_results', 'command_of', 'shared', 'keep', 'state', 'claimed',
-           'find_experiment', 'find_rows', 'place_of', 'check_ready', 'check_files', 'run_experiment', 'run_if_free',
-           'listing', 'list_rows', 'show_table']
+           'CAMP_FLICKR8K', 'NO_PHRASES', 'ON_FLICKR8K', 'ON_A_WORLD', 'SSAMT_DATA', 'SCALES', 'SSAMT_SCORES',
+           'SSAMT_ABLATION', 'CMSEI_ABLATION', 'TOLERANCE', 'HIRE_TOLERANCE', 'SYMBOLIC', 'FOUND', 'FIRST_LOOK',
+           'SPANS', 'WRONG', 'PHRASES', 'AGREEMENT', 'EXPERIMENTS', 'FIELDS', 'Row', 'Experiment', 'stages_of',
+           'fingerprint', 'locked', 'is_held', 'Place', 'world_of', 'from_world', 'from_next_world', 'from_user',
+           'read_graphs', 'write_graphs', 'from_graphs', 'write_rows', 'write_lines', 'write_view', 'drawn', 'every',
+           'training_view', 'relation_wordings', 'relation', 'probe_counts', 'percents', 'measure_recall',
+           'measure_probes', 'measure_grounding', 'measure_size', 'corrupted', 'measure_tolerance', 'measure_scales',
+           'measure_blame', 'mean_vectors', 'measure_first_look', 'percent', 'parser_of', 'measure_spans', 'units_of',
+           'equal_only', 'measure_labels', 'label_errors', 'keys_of', 'measure_agreement', 'camp_released',
+           'ssamt_stages', 'systems', 'camp_rows', 'by_rate', 'stage_folders', 'log_of', 'dev_curve', 'last_health',
+           'time_used', 'watched', 'say_at_once', 'run_folder', 'claim_of', 'trained', 'run_row', 'default_results',
+           'command_of', 'shared', 'keep', 'state', 'claimed', 'find_experiment', 'find_rows', 'place_of',
+           'check_ready', 'check_files', 'run_experiment', 'run_if_free', 'listing', 'list_rows', 'show_table']
 
 # %% ../nbs/24_experiments.ipynb #experiments-03
 import copy, hashlib, json, random, shutil, tempfile, threading, time
@@ -510,24 +510,36 @@ POINTED = (('pointing', 'grounding/pointing', 1),)
 def camp_released(passes: int, size: int) -> tuple[dict, dict]: # settings of two stages
     "The release's warm start: half the passes for attention alone, half for gates and scores."
     first = passes // 2
-    return (dict(model='camp-stage1', epochs=first, soft_epochs=2, decay_at=(first - 1,)),
-            dict(model='camp', epochs=passes - first, criterion='bce', size=size, lr=1e-3,
-                 decay_at=(passes - first - 1,)))
+    second = passes - first
+    return (dict(model='camp-stage1', epochs=first, soft_epochs=2, lr=5e-4, decay_at=(first - 1,)),
+            dict(model='camp', epochs=second, criterion='bce', size=size, soft_epochs=2, lr=5e-4,
+                 decay_at=(second - 2,)))
 
 
-# SSAMT's first phase becomes a stage of its own, as soon as the training lesson has a name for it.
-SSAMT_SMALL = dict(heads=4, feedforward=256, dropout=.1)
+SSAMT_SMALL = dict(heads=4, feedforward=256, dropout=.1, drop=.25,
+                   margin=.2, margins=[.2, .2, .2], weights=[1., 1., .1])
 
-def systems(passes: int, camp_size: int) -> tuple[Row, ...]:
+def ssamt_stages(passes: int, size: int) -> tuple[dict, dict]: # settings of two phases
+    "Three quarters of the passes for the towers alone, then the pair encoder on top of them."
+    how = dict(size=size, weight_decay=1e-2, schedule='linear')
+    second = passes // 4
+    return (how | dict(model='ssamt-intra', epochs=passes - second, lr=1e-3, soft_epochs=2, warmup=300),
+            how | dict(model='ssamt', epochs=second, lr=1.5e-3, soft_epochs=0, warmup=40, frozen=('intra',)))
+
+def systems(passes: int, camp_size: int, ssamt_size: int) -> tuple[Row, ...]:
     "All systems, a row each."
+    camp = dict(criterion='bce', size=camp_size, lr=5e-4, soft_epochs=2)
     return (
         Row('vse',           'vse'),
         Row('scan t2i',      'scan',  dict(direction='t2i')),
         Row('scan i2t',      'scan',  dict(direction='i2t')),
         Row('scan both',     'scan',  dict(direction='both')),
-        Row('camp paper',    'camp',  dict(form='paper'), dict(criterion='bce', size=camp_size)),
-        Row('camp released', 'camp',  dict(form='released'), stages=camp_released(passes, camp_size)),
-        Row('ssamt',         'ssamt', SSAMT_SMALL, TWO_SOFT),
+        Row('camp paper',    'camp',  dict(form='paper'), camp),
+        Row('camp scalar',   'camp',  dict(form='paper', gate='scalar'), camp),
+        Row('camp released', 'camp',  dict(form='released', codes='unit', start='similarity'),
+            stages=camp_released(passes, camp_size)),
+        Row('ssamt intra',   'ssamt-intra', SSAMT_SMALL, ssamt_stages(passes, ssamt_size)[0] | dict(epochs=passes)),
+        Row('ssamt',         'ssamt', SSAMT_SMALL, stages=ssamt_stages(passes, ssamt_size)),
         Row('cmsei',         'cmsei'),
         Row('hire',          'hire',  settings=TWO_SOFT))
 
@@ -535,7 +547,7 @@ FLICKR8K = Experiment(
     'flickr8k', 'All systems on real pictures and captions, at equal passes.',
     on='Flickr8k dev', data='folder', split='dev', passes=12, dev=.2,
     arguments=REAL_SIZES, settings=REAL_BUDGET, measures=('recall', 'grounding', 'size'),
-    columns=RECALLS + POINTED, rows=systems(passes=12, camp_size=32))
+    columns=RECALLS + POINTED, rows=systems(passes=12, camp_size=32, ssamt_size=128))
 
 TRIES = Experiment(
     'flickr8k-tries', 'Settings tried before the others were run, one seed each.',
@@ -550,12 +562,13 @@ ON_WORLD = Experiment(
     'world', 'All systems on the generated world, at equal passes, and what each understands.',
     on='generated world', data='world', split='test', passes=10, sizes=WORLD,
     arguments=SIZES, settings=WORLD_BUDGET, measures=('recall', 'probes', 'grounding', 'size'),
-    columns=SHORT + KINDS, rows=systems(passes=10, camp_size=32))
+    columns=SHORT + KINDS, rows=systems(passes=10, camp_size=32, ssamt_size=64))
 
 # %% ../nbs/24_experiments.ipynb #experiments-32-c
 def camp_rows(passes: int) -> tuple[Row, ...]:
     "CAMP without its parts: the rows of the paper's table 3, with its rSum on Flickr30K."
-    bce, rank = dict(criterion='bce', size=32), dict(criterion='triplet', size=32)
+    rank = dict(criterion='triplet', size=32, lr=5e-4, soft_epochs=2)
+    bce = rank | dict(criterion='bce')
     soft, cosine = dict(soft_epochs=passes), dict(head='cosine')
     return (
         Row('camp',                   'camp', dict(form='paper'), bce, paper=466.9),
@@ -589,21 +602,23 @@ CAMP_FLICKR8K = Experiment(
     rows=camp_rows(passes=12))
 
 # %% ../nbs/24_experiments.ipynb #experiments-32-d
-NO_PHRASES = SSAMT_SMALL | dict(weights=(1., .1, 0.))      # L3, the phrase loss, counts nothing
+NO_PHRASES = SSAMT_SMALL | dict(weights=[1., 1., 0.])      # L3, the phrase loss, counts nothing
+ON_FLICKR8K = ssamt_stages(passes=12, size=128)
+ON_A_WORLD = ssamt_stages(passes=10, size=64)
 
 SSAMT_DATA = Experiment(
     'ssamt-data', 'Is the phrase loss worth more when there are fewer training pictures?',
     on='Flickr8k dev', data='folder', split='dev', passes=12, dev=.2,
-    arguments=REAL_SIZES, settings=REAL_BUDGET | TWO_SOFT,
+    arguments=REAL_SIZES, settings=REAL_BUDGET,
     rows=(
-        Row('25 %',                      'ssamt', SSAMT_SMALL, part=.25),
-        Row('25 % without phrase loss',  'ssamt', NO_PHRASES, part=.25),
-        Row('50 %',                      'ssamt', SSAMT_SMALL, part=.5),
-        Row('50 % without phrase loss',  'ssamt', NO_PHRASES, part=.5),
-        Row('75 %',                      'ssamt', SSAMT_SMALL, part=.75),
-        Row('75 % without phrase loss',  'ssamt', NO_PHRASES, part=.75),
-        Row('100 %',                     'ssamt', SSAMT_SMALL),
-        Row('100 % without phrase loss', 'ssamt', NO_PHRASES)))
+        Row('25 %',                      'ssamt', SSAMT_SMALL, stages=ON_FLICKR8K, part=.25),
+        Row('25 % without phrase loss',  'ssamt', NO_PHRASES, stages=ON_FLICKR8K, part=.25),
+        Row('50 %',                      'ssamt', SSAMT_SMALL, stages=ON_FLICKR8K, part=.5),
+        Row('50 % without phrase loss',  'ssamt', NO_PHRASES, stages=ON_FLICKR8K, part=.5),
+        Row('75 %',                      'ssamt', SSAMT_SMALL, stages=ON_FLICKR8K, part=.75),
+        Row('75 % without phrase loss',  'ssamt', NO_PHRASES, stages=ON_FLICKR8K, part=.75),
+        Row('100 %',                     'ssamt', SSAMT_SMALL, stages=ON_FLICKR8K),
+        Row('100 % without phrase loss', 'ssamt', NO_PHRASES, stages=ON_FLICKR8K)))
 
 SCALES = tuple((f'{scale} {way}', f'scales/{scale}/{k}', 1) for scale in ('global', 'local', 'phrase')
                for k, way in enumerate(('i2t', 't2i')))
@@ -611,24 +626,24 @@ SCALES = tuple((f'{scale} {way}', f'scales/{scale}/{k}', 1) for scale in ('globa
 SSAMT_SCORES = Experiment(
     'ssamt-scores', 'How often does each part of the score alone tell a true pair from another?',
     on='Flickr8k dev', data='folder', split='dev', passes=12, dev=.2,
-    arguments=REAL_SIZES, settings=REAL_BUDGET | TWO_SOFT,
+    arguments=REAL_SIZES, settings=REAL_BUDGET,
     measures=('recall', 'scales', 'grounding'),
     columns=SHORT[:1] + SCALES + POINTED,
     rows=(
-        Row('ssamt',               'ssamt', SSAMT_SMALL),
-        Row('without phrase loss', 'ssamt', NO_PHRASES)))
+        Row('ssamt',               'ssamt', SSAMT_SMALL, stages=ON_FLICKR8K),
+        Row('without phrase loss', 'ssamt', NO_PHRASES, stages=ON_FLICKR8K)))
 
 SSAMT_ABLATION = Experiment(
     'ssamt-ablation', 'SSAMT without its parts, on the generated world.',
     on='generated world', data='world', split='test', passes=10, sizes=WORLD,
-    arguments=SIZES, settings=WORLD_BUDGET | TWO_SOFT,
+    arguments=SIZES, settings=WORLD_BUDGET,
     measures=('recall', 'probes', 'grounding', 'scales', 'blame'), columns=SHORT + KINDS + SCALES,
     rows=(
-        Row('ssamt',               'ssamt', SSAMT_SMALL),
-        Row('without phrase loss', 'ssamt', NO_PHRASES),
-        Row('without local',       'ssamt', SSAMT_SMALL | dict(local=False)),
-        Row('without phrases',     'ssamt', NO_PHRASES | dict(phrases=False)),
-        Row('gold phrases',        'ssamt', SSAMT_SMALL | dict(parser='gold'))))
+        Row('ssamt',               'ssamt', SSAMT_SMALL, stages=ON_A_WORLD),
+        Row('without phrase loss', 'ssamt', NO_PHRASES, stages=ON_A_WORLD),
+        Row('without local',       'ssamt', SSAMT_SMALL | dict(local=False), stages=ON_A_WORLD),
+        Row('without phrases',     'ssamt', NO_PHRASES | dict(phrases=False), stages=ON_A_WORLD),
+        Row('gold phrases',        'ssamt', SSAMT_SMALL | dict(parser='gold'), stages=ON_A_WORLD)))
 
 # %% ../nbs/24_experiments.ipynb #experiments-32-e
 CMSEI_ABLATION = Experiment(
@@ -688,7 +703,7 @@ FIRST_LOOK = Experiment(
     on='another generated world', data='next world', split='train', passes=10, seeds=(0,),
     sizes=WORLD,
     arguments=SIZES, settings=WORLD_BUDGET, measures=('first_look',),
-    columns=FOUND, rows=systems(passes=10, camp_size=32))
+    columns=FOUND, rows=systems(passes=10, camp_size=32, ssamt_size=64))
 
 SPANS = (('precision', 'spans/precision', 1), ('recall', 'spans/recall', 1),
          ('without pronouns', 'spans/without_pronouns', 1),
