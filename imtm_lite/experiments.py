@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['FOLDS', 'FOLD_DEV', 'DATA', 'SAID', 'RATES', 'CANDIDATES', 'KINDS_OF_UNITS', 'MEASURES', 'SIZES', 'REAL_SIZES',
            'WORLD', 'WORLD_BUDGET', 'REAL_BUDGET', 'HIDING', 'FOLD_BUDGET', 'TWO_SOFT', 'RELATIONS', 'KINDS', 'SHORT',
-           'POINTED', 'SSAMT_SMALL', 'FLICKR8K', 'TRIES', 'ON_WORLD', 'GATES_OPEN', 'BESIDE_PAPER', 'CAMP_WORLD',
-           'CAMP_FLICKR8K', 'NO_PHRASES', 'ON_FLICKR8K', 'ON_A_WORLD', 'SSAMT_DATA', 'SCALES', 'SSAMT_SCORES',
-           'SSAMT_ABLATION', 'CMSEI_ABLATION', 'TOLERANCE', 'HIRE_TOLERANCE', 'SYMBOLIC', 'FOUND', 'FIRST_LOOK',
-           'SPANS', 'WRONG', 'PHRASES', 'AGREEMENT', 'EXPERIMENTS', 'FIELDS', 'Row', 'Experiment', 'stages_of',
-           'fingerprint', 'locked', 'is_held', 'Place', 'world_of', 'from_world', 'from_next_world', 'from_user',
-           'read_graphs', 'write_graphs', 'from_graphs', 'write_rows', 'write_lines', 'write_view', 'drawn', 'every',
-           'training_view', 'relation_wordings', 'relation', 'probe_counts', 'percents', 'measure_recall',
-           'measure_probes', 'measure_grounding', 'measure_size', 'corrupted', 'measure_tolerance', 'measure_scales',
-           'measure_blame', 'mean_vectors', 'measure_first_look', 'percent', 'parser_of', 'measure_spans', 'units_of',
-           'equal_only', 'measure_labels', 'label_errors', 'keys_of', 'measure_agreement', 'camp_released',
-           'ssamt_stages', 'systems', 'camp_rows', 'by_rate', 'stage_folders', 'log_of', 'dev_curve', 'last_health',
-           'time_used', 'watched', 'say_at_once', 'run_folder', 'claim_of', 'trained', 'run_row', 'default_results',
-           'command_of', 'shared', 'keep', 'state', 'claimed', 'find_experiment', 'find_rows', 'place_of',
-           'check_ready', 'check_files', 'run_experiment', 'run_if_free', 'listing', 'list_rows', 'show_table']
+           'POINTED', 'INTRA_SMALL', 'SSAMT_SMALL', 'FLICKR8K', 'TRIES', 'ON_WORLD', 'GATES_OPEN', 'BESIDE_PAPER',
+           'CAMP_WORLD', 'CAMP_FLICKR8K', 'NO_PHRASES', 'ON_FLICKR8K', 'ON_A_WORLD', 'SSAMT_DATA', 'SCALES',
+           'SSAMT_SCORES', 'SSAMT_ABLATION', 'CMSEI_ABLATION', 'TOLERANCE', 'HIRE_TOLERANCE', 'SYMBOLIC', 'FOUND',
+           'FIRST_LOOK', 'SPANS', 'WRONG', 'PHRASES', 'AGREEMENT', 'EXPERIMENTS', 'FIELDS', 'Row', 'Experiment',
+           'stages_of', 'fingerprint', 'locked', 'is_held', 'Place', 'world_of', 'from_world', 'from_next_world',
+           'from_user', 'read_graphs', 'write_graphs', 'from_graphs', 'write_rows', 'write_lines', 'write_view',
+           'drawn', 'every', 'training_view', 'relation_wordings', 'relation', 'probe_counts', 'percents',
+           'measure_recall', 'measure_probes', 'measure_grounding', 'measure_size', 'corrupted', 'measure_tolerance',
+           'measure_scales', 'measure_blame', 'mean_vectors', 'measure_first_look', 'percent', 'parser_of',
+           'measure_spans', 'units_of', 'equal_only', 'measure_labels', 'label_errors', 'keys_of', 'measure_agreement',
+           'camp_released', 'ssamt_stages', 'systems', 'camp_rows', 'by_rate', 'stage_folders', 'log_of', 'dev_curve',
+           'last_health', 'time_used', 'watched', 'say_at_once', 'run_folder', 'claim_of', 'trained', 'run_row',
+           'default_results', 'command_of', 'shared', 'keep', 'state', 'claimed', 'find_experiment', 'find_rows',
+           'place_of', 'check_ready', 'check_files', 'run_experiment', 'run_if_free', 'listing', 'list_rows',
+           'show_table']
 
 # %% ../nbs/24_experiments.ipynb #experiments-03
 import copy, hashlib, json, random, shutil, tempfile, threading, time
@@ -82,7 +83,10 @@ class Experiment:
 # %% ../nbs/24_experiments.ipynb #experiments-08
 def stages_of(experiment: Experiment, row: Row) -> list[dict]:
     "The arguments of `train` for each stage of a row."
-    check_arguments(row.system, row.arguments)
+    systems = [own.get('model', row.system) for own in row.stages or ({},)]
+    for name in row.arguments:
+        if not any(arguments_for(system, {name: None}) for system in systems):
+            check_arguments(row.system, {name: None})              # says which there are
     stages = []
     for own in row.stages or ({},):
         stage = dict(model=row.system, epochs=experiment.passes)
@@ -516,8 +520,8 @@ def camp_released(passes: int, size: int) -> tuple[dict, dict]: # settings of tw
                  decay_at=(second - 2,)))
 
 
-SSAMT_SMALL = dict(heads=4, feedforward=256, dropout=.1, drop=.25,
-                   margin=.2, margins=[.2, .2, .2], weights=[1., 1., .1])
+INTRA_SMALL = dict(heads=4, feedforward=256, dropout=.1, drop=.25, margin=.2)
+SSAMT_SMALL = INTRA_SMALL | dict(margins=[.2, .2, .2], weights=[1., 1., .1])
 
 def ssamt_stages(passes: int, size: int) -> tuple[dict, dict]: # settings of two phases
     "Three quarters of the passes for the towers alone, then the pair encoder on top of them."
@@ -529,6 +533,7 @@ def ssamt_stages(passes: int, size: int) -> tuple[dict, dict]: # settings of two
 def systems(passes: int, camp_size: int, ssamt_size: int) -> tuple[Row, ...]:
     "All systems, a row each."
     camp = dict(criterion='bce', size=camp_size, lr=5e-4, soft_epochs=2)
+    towers, _ = phases = ssamt_stages(passes, ssamt_size)
     return (
         Row('vse',           'vse'),
         Row('scan t2i',      'scan',  dict(direction='t2i')),
@@ -538,8 +543,8 @@ def systems(passes: int, camp_size: int, ssamt_size: int) -> tuple[Row, ...]:
         Row('camp scalar',   'camp',  dict(form='paper', gate='scalar'), camp),
         Row('camp released', 'camp',  dict(form='released', codes='unit', start='similarity'),
             stages=camp_released(passes, camp_size)),
-        Row('ssamt intra',   'ssamt-intra', SSAMT_SMALL, ssamt_stages(passes, ssamt_size)[0] | dict(epochs=passes)),
-        Row('ssamt',         'ssamt', SSAMT_SMALL, stages=ssamt_stages(passes, ssamt_size)),
+        Row('ssamt intra',   'ssamt-intra', INTRA_SMALL, towers | dict(epochs=passes)),
+        Row('ssamt',         'ssamt', SSAMT_SMALL, stages=phases),
         Row('cmsei',         'cmsei'),
         Row('hire',          'hire',  settings=TWO_SOFT))
 

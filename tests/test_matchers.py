@@ -71,8 +71,10 @@ def scores_of(matcher, regions, captions):
 
 
 @each
-@pytest.mark.parametrize('dtype,tolerance', [(torch.float32, 3e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize('dtype,tolerance', [(torch.float32, 1e-6), (torch.float64, 1e-12)])
 def test_scores_ignore_padding_tiles_and_order(name, arguments, dtype, tolerance):
+    if dtype == torch.float32 and name in ('cmsei', 'hire') and arguments.get('refine', True):
+        tolerance = 3e-6                                   # a refined vector has two roundings more; float64 says it is only that
     matcher, (regions, captions) = make(name, arguments, dtype), ragged(dtype)
     scores = scores_of(matcher, regions, captions)
     close = lambda got, want=scores: torch.testing.assert_close(got, want, atol=tolerance, rtol=0)
