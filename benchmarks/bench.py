@@ -350,13 +350,13 @@ def training(width: int, rounds: int, size: int) -> list[dict]:
 
 def compared(what: str, shape, n: int, forms: dict[str, Callable], rounds: int) -> list[dict]:
     "Items a second of a fast and a plain form that take turns."
-    found = {form: [] for form in forms}
+    found = {kind: [] for kind in forms}
     for _ in range(rounds):
-        for form, f in forms.items():
-            found[form].append(clock(f))
-    speed = {form: n / statistics.median(seconds) for form, seconds in found.items()}
-    return [dict(what=what, model='', form=form, shape=list(shape), per_s=round(s, 1),
-                 ratio_to_plain=round(s / speed['plain'], 2)) for form, s in speed.items()]
+        for kind, f in forms.items():
+            found[kind].append(clock(f))
+    speed = {kind: n / statistics.median(seconds) for kind, seconds in found.items()}
+    return [dict(what=what, model='', form=kind, shape=list(shape), per_s=round(s, 1),
+                 ratio_to_plain=round(s / speed['plain'], 2)) for kind, s in speed.items()]
 
 
 def ranks(shape, rounds: int) -> list[dict]:
