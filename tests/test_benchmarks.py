@@ -39,7 +39,7 @@ def test_rows_are_what_their_names_say():
     phase = bench.training_matcher('ssamt phase 2', 32, 4)
     assert not any(p.requires_grad for p in phase.intra.parameters())
     assert all(p.requires_grad for p in phase.inter.parameters())
-    assert phase(bench.training_batch(4))['phrase'].item() > 0, 'a wrong picture has some phrases and lacks some'
+    assert phase(bench.training_batch(4))['phrase'].item() > 0, 'no phrase loss'
 
 
 def test_counted_is_what_the_formulas_say():
