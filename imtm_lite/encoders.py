@@ -144,11 +144,11 @@ class Matcher(nn.Module):
     def pairs(self, images: Codes, captions: Codes) -> Tensor: # (n,)
         "The k-th image with the k-th caption: diagonals of small blocks of `match`, unless a matcher knows better."
         if len(images) != len(captions): raise ValueError(f'pairs need as many images as captions, not {len(images)} and {len(captions)}')
-        parts = []
+        diagonals = []
         for k in range(0, len(images), BLOCK):
             tile = self.match(images[k:k + BLOCK], captions[k:k + BLOCK].trimmed())  # (BLOCK, BLOCK)
-            parts.append(tile.diagonal())
-        return torch.cat(parts)
+            diagonals.append(tile.diagonal())
+        return torch.cat(diagonals)
 
     def attention(self, images: Codes, captions: Codes) -> Tensor | None:
         "Where each word looked, (B, C, T, R), for pictures of a match; None where the matcher has no such thing."
