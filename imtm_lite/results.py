@@ -206,10 +206,12 @@ def dry_data(row: Row, folder: Path) -> Path:
     return root
 
 # %% ../nbs/19_results.ipynb #results-42
+DRY = dict(epochs=1, updates=None, accumulate=1) # of every stage
+
 def changes_of(text: str | None, # a pretrained text model, instead of the preset's Bi-GRU
                dry: bool) -> dict:
     "What is changed of a preset."
-    return (dict(arguments=dict(text=text), text_rate=.1) if text else {}) | (dict(epochs=1) if dry else {})
+    return (dict(arguments=dict(text=text), text_rate=.1) if text else {}) | (DRY if dry else {})
 
 def new_record(row: Row, splits: dict[str, Split], changes: dict, dry: bool) -> dict:
     "A record without figures."

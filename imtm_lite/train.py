@@ -906,6 +906,10 @@ RECIPES = {
     'camp': {
         'demo': [DEMO | dict(model='camp', arguments=SMALL | dict(gate='scalar'), size=32, lr=5e-4, epochs=6, soft_epochs=2,
                              decay_at=(5,), criterion='bce')],
+        'demo-released': [
+            DEMO | dict(model='camp-stage1', arguments=SMALL | dict(codes='unit'), lr=1.5e-3, epochs=4, soft_epochs=2, decay_at=(3,)),
+            DEMO | dict(model='camp', arguments=SMALL | dict(form='released', codes='unit', start='similarity'), size=32,
+                        epochs=4, soft_epochs=2, decay_at=(3,), criterion='bce')],
         'f30k': [CAMP_PAPER], 'coco': [CAMP_PAPER], # one schedule is printed, for no named data set
         'f30k-released': CAMP_RELEASED},
     'ssamt': dict(demo=SSAMT_DEMO, f30k=SSAMT_F30K, coco=SSAMT_COCO),

@@ -16,7 +16,7 @@ def imtm(*words, **kw): return subprocess.run([*IMTM, *map(str, words)], capture
 @pytest.fixture(scope='module')
 def run(world, tmp_path_factory):
     out = tmp_path_factory.mktemp('cli') / 'camp'
-    done = imtm('train', 'camp', '--data', world, '--out', out, '--epochs', '1/1', '--size', 20, '--set', 'width=16', '--set', 'word_width=8', '--min-freq', 2)
+    done = imtm('train', 'camp', '--data', world, '--out', out, '--preset', 'demo-released', '--epochs', '1/1', '--size', 20, '--set', 'width=16', '--set', 'word_width=8', '--min-freq', 2)
     assert done.returncode == 0, done.stderr
     assert 'stage 1: camp-stage1' in done.stdout and 'dev i2t and t2i' in done.stdout and 'next: imtm eval' in done.stdout
     return out

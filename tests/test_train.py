@@ -162,8 +162,8 @@ def test_data_of_another_width_is_refused(run, world):
 
 
 def test_staged_recipe_starts_from_the_stage_before_and_freezes(world, tmp_path):
-    changes = dict(epochs=1, size=20, per_image=1, min_freq=2, arguments=dict(width=16, word_width=8), frozen=[(), ('regions', 'words', 'image_side', 'word_side')])
-    train_recipe('camp', world, tmp_path / 'camp', changes=changes, device='cpu', progress=False)
+    changes = dict(epochs=1, size=20, per_image=1, min_freq=2, arguments=dict(width=16, word_width=8), frozen=[(), ('regions', 'words', 'messages')])
+    train_recipe('camp', world, tmp_path / 'camp', preset='demo-released', changes=changes, device='cpu', progress=False)
     first, last = (read_checkpoint(tmp_path / 'camp' / p)[1] for p in ('stage1/best.safetensors', 'best.safetensors'))
     moved = {k for k in first if k.startswith('model.') and not torch.equal(first[k], last[k])}
     assert not moved and any(k.startswith('model.head') for k in last)
@@ -174,8 +174,8 @@ def test_staged_recipe_starts_from_the_stage_before_and_freezes(world, tmp_path)
 def test_recipes_name_their_faults():
     for wrong in (lambda: recipe('clip', 'demo'), lambda: recipe('camp', 'huge'), lambda: recipe('camp', 'demo', dict(epochs=[1, 2, 3, 4]))):
         with pytest.raises(SettingError): wrong()
-    assert [s['epochs'] for s in recipe('camp', 'demo', dict(epochs=[7, 8]))] == [7, 8]
-    assert [s['arguments'].get('gate') for s in recipe('camp', 'demo', dict(arguments=dict(gate='none')))] == [None, 'none']
+    assert [s['epochs'] for s in recipe('camp', 'demo-released', dict(epochs=[7, 8]))] == [7, 8]
+    assert [s['arguments'].get('gate') for s in recipe('camp', 'demo-released', dict(arguments=dict(gate='none')))] == [None, 'none']
 
 
 def test_a_linear_rate_ends_at_zero_with_the_run():
@@ -473,5 +473,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_with_a_fresh_log(wor
 
 def test_a_second_stage_from_another_first_stage_is_not_resumed(world, tmp_path):
     one, two = (train('camp-stage1', world, tmp_path / str(seed), seed=seed, **QUICK) for seed in (0, 1))
-    train('camp', world, tmp_path / 'full', start=one, criterion='bce', **QUICK)
-    with pytest.raises(CheckpointError, match='start'): train('camp', world, tmp_path / 'full', start=two, criterion='bce', resume=True, **QUICK)
+    gates = QUICK | dict(criterion='bce', arguments=QUICK['arguments'] | dict(form='released'))
+    train('camp', world, tmp_path / 'full', start=one, **gates)
+    with pytest.raises(CheckpointError, match='start'):
+        train('camp', world, tmp_path / 'full', start=two, resume=True, **gates)

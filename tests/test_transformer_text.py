@@ -295,7 +295,7 @@ def stepped(folder, pieces, world):
 def test_stages_pass_on_the_text_model(world, folder, tmp_path):
     arguments = dict(text=str(folder), width=16)
     first = train('camp-stage1', world, tmp_path / 'one', arguments=arguments, **QUICK | dict(epochs=1))
-    train('camp', world, tmp_path / 'two', arguments=arguments, start=first, criterion='bce', frozen=('regions', 'words'), **QUICK | dict(epochs=1))
+    train('camp', world, tmp_path / 'two', arguments=arguments | dict(form='released'), start=first, criterion='bce', frozen=('regions', 'words'), **QUICK | dict(epochs=1))
     a, b = (read_checkpoint(tmp_path / n / 'best.safetensors')[1] for n in ('one', 'two'))
     assert all(torch.equal(a[k], b[k]) for k in a if k.startswith('model.words.')) and any(k.startswith('model.words.model.') for k in a)
     with pytest.raises(CheckpointError, match='another vocabulary'): train('camp', world, tmp_path / 'x', arguments=dict(width=16), start=first, **QUICK)

@@ -67,7 +67,10 @@ def run(encoder: nn.TransformerEncoder,
     "All layers, in which each node looks at those that it sees."
     heads = encoder.layers[0].self_attn.num_heads
     hidden = ~sees.repeat_interleave(heads, 0)                    # PyTorch masks what is hidden
-    return encoder(x, mask=hidden, is_causal=False)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)                # its memory cannot be counted
+    try: return encoder(x, mask=hidden, is_causal=False)
+    finally: torch.backends.mha.set_fastpath_enabled(fused)
 
 # %% ../../nbs/15_ssamt.ipynb #ssamt-intra
 class Intra(nn.Module):
