@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LIST', 'PAPERS', 'GALLERIES', 'FIGURES', 'SETTINGS', 'NO_COCO', 'ROWS', 'PARTNERS', 'PICTURES', 'REGIONS', 'CLOSE',
-           'DRY', 'RECALLS', 'Row', 'paper_row', 'find_row', 'spread', 'columns', 'listing', 'needs', 'files',
-           'differences', 'open_splits', 'compare', 'mean_scores', 'write_json', 'sessions', 'session', 'hours',
-           'dry_data', 'changes_of', 'new_record', 'record_path', 'versions', 'earlier_seeds', 'one_seed', 'reproduce',
-           'mean_figures', 'verdict', 'report', 'changed', 'conditions', 'seed_line', 'read_records', 'page', 'six',
-           'ours', 'missing', 'figure', 'read_experiment', 'table', 'mean_cell', 'rank_correlation', 'mean_ranks',
-           'made_by', 'elsewhere']
+           'DRY', 'DRY_STAGES', 'RECALLS', 'Row', 'paper_row', 'find_row', 'spread', 'columns', 'listing', 'needs',
+           'files', 'differences', 'open_splits', 'compare', 'mean_scores', 'write_json', 'sessions', 'session',
+           'hours', 'dry_data', 'changes_of', 'new_record', 'record_path', 'versions', 'earlier_seeds', 'one_seed',
+           'reproduce', 'mean_figures', 'verdict', 'report', 'changed', 'conditions', 'seed_line', 'read_records',
+           'page', 'six', 'ours', 'missing', 'figure', 'read_experiment', 'table', 'mean_cell', 'rank_correlation',
+           'mean_ranks', 'made_by', 'elsewhere']
 
 # %% ../nbs/19_results.ipynb #results-03
 import hashlib, json, os, platform, shutil, time
@@ -206,12 +206,12 @@ def dry_data(row: Row, folder: Path) -> Path:
     return root
 
 # %% ../nbs/19_results.ipynb #results-42
-DRY = dict(epochs=1, updates=None, accumulate=1) # of every stage
+DRY_STAGES = dict(epochs=1, updates=None, warmup=0, accumulate=1) # what a dry run changes of every stage
 
 def changes_of(text: str | None, # a pretrained text model, instead of the preset's Bi-GRU
                dry: bool) -> dict:
     "What is changed of a preset."
-    return (dict(arguments=dict(text=text), text_rate=.1) if text else {}) | (DRY if dry else {})
+    return (dict(arguments=dict(text=text), text_rate=.1) if text else {}) | (DRY_STAGES if dry else {})
 
 def new_record(row: Row, splits: dict[str, Split], changes: dict, dry: bool) -> dict:
     "A record without figures."

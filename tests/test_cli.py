@@ -98,7 +98,7 @@ def test_demo_leaves_results_checkpoints_log_and_figure(tmp_path):
     out = imtm('demo', '--out', tmp_path / 'demo', '--train', 60, '--dev', 16, '--test', 16, '--epochs', 1)
     assert out.returncode == 0, out.stderr
     results = json.loads((tmp_path / 'demo/results.json').read_text())
-    assert results['models'].keys() == {'vse', 'camp'} and {'seconds', 'protocol', 'seed', 'chance'} <= results.keys()
+    assert results['models'].keys() == {'vse', 'scan', 'camp'} and {'seconds', 'protocol', 'seed', 'chance'} <= results.keys()
     assert all(len(m['i2t']) == len(m['t2i']) == 3 and m['probes'] for m in results['models'].values())
     for file in ('ranking.png', 'camp/best.safetensors', 'camp/log.jsonl', 'vse/best.safetensors'): assert (tmp_path / 'demo' / file).is_file()
     again = imtm('demo', '--out', tmp_path / 'demo')

@@ -441,14 +441,14 @@ def test_the_step_tells_the_matching_loss_apart_from_others(run, world):
 
 
 def test_ssamt_trains_resumes_and_comes_back_with_its_parser(world, tmp_path):
-    quick = QUICK | dict(arguments=dict(width=8, word_width=8, parser='gold'))
+    quick = QUICK | dict(arguments=dict(width=8, heads=2, feedforward=16, parser='gold'))
     best = train('ssamt', world, tmp_path / 'run', **quick)
     matcher, dev = imtm_lite.load(best), Split(world, 'dev')
     assert matcher.labels is None and matcher.vocab.parser(dev.captions[0]) == chunk(dev.captions[0])      # an annotated split is for training alone
     scores = split_scores(matcher, dev, matcher.vocab)
     matcher.vocab.parser = lambda caption: SimpleNamespace(units=[])
     assert not torch.equal(scores, split_scores(matcher, dev, matcher.vocab))                              # phrases take part in the words
-    with pytest.raises(SettingError, match='spacy download no_such_model|needs spaCy'): train('ssamt', world, tmp_path / 'x', **quick | dict(arguments=dict(width=8, word_width=8, parser='no_such_model')))
+    with pytest.raises(SettingError, match='spacy download no_such_model|needs spaCy'): train('ssamt', world, tmp_path / 'x', **quick | dict(arguments=dict(width=8, heads=2, parser='no_such_model')))
     bare = shutil.copytree(world, tmp_path / 'bare', ignore=shutil.ignore_patterns('*_phrases*', 'pictures'))
     with pytest.raises((SettingError, DataError), match='train_phrases.jsonl: this file is missing, and the gold parser needs it'): train('ssamt', bare, tmp_path / 'y', **quick)
 
