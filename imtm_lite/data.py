@@ -41,7 +41,7 @@ FILES = { # name: (file, what it holds, what it is for); {s} is train, dev, test
     'ids':           ('{s}_ids.txt', 'one image id per feature row', 'every model'),
     'caption_image': ('{s}_cap_image.npy', 'the image row of each caption (M,)', 'images with unequal numbers of captions'),
     'sizes':         ('{s}_img_sizes.npy', 'width and height of each image (N, 2)', 'boxes'),
-    'boxes':         ('{s}_boxes.npy', 'x0 y0 x1 y1 in pixels of each region (N, R, 4)', 'positions (ssamt), spatial graphs (cmsei, hire), grounding'),
+    'boxes':         ('{s}_boxes.npy', 'x0 y0 x1 y1 in pixels of each region (N, R, 4)', 'spatial graphs (cmsei, hire), grounding'),
     'labels':        ('{s}_labels.npy', 'detector class of each region (N, R), -1 for none', 'naming regions'),
     'classes':       ('classes.txt', 'one class name a line', 'naming regions'),
     'scores':        ('{s}_scores.npy', 'detector confidence of each region (N, R)', 'looking at detections'),
