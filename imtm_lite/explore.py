@@ -33,9 +33,11 @@ class FirstLook:
         best = dots.masked_fill(~images.mask[None, :, None], torch.finfo(dots.dtype).min).amax(-1)   # (C, B, T)
         return pool_agreement(best, captions.mask, 0.).T
 
-def shortlist(images: Codes, captions: Codes, candidates: int) -> Tensor: # (C, N) rows of images, ascending
+def shortlist(matcher: Matcher, images: Codes, captions: Codes, candidates: int) -> Tensor: # (C, N) rows of images, ascending
     "The pictures that a first look finds worth scoring, for each sentence."
-    return score(FirstLook, images, captions).T.topk(candidates).indices.sort().values
+    if matcher.first_scores: quick = matcher.first_scores(images, captions)    # its own first look, as SSAMT has one
+    else: quick = score(FirstLook, images, captions)
+    return quick.T.topk(candidates).indices.sort().values.cpu()
 
 # %% ../nbs/20_explore.ipynb #explore-07-c
 def candidate_recall(exact: Tensor, # (B, C) scores of the matcher
@@ -60,14 +62,14 @@ def search(matcher: Matcher, split: Split,
            sentence: str,
            *, top: int = 5,              # how many pictures
            images: Codes | None = None,  # codes of the split, when several sentences are asked
-           candidates: int | None = None, # score only so many pictures, chosen by `FirstLook`; None: all
+           candidates: int | None = None, # score only so many pictures, chosen by a first look; None: all
           ) -> list[Hit]:                # best first
     "The pictures that fit a sentence best. The matcher comes from `load`."
     if candidates is not None and candidates < top: raise ValueError(f'{candidates} candidates for {top} pictures: let candidates be at least as many')
     device = next(matcher.parameters()).device
     images = images or encode(matcher.encode_images, image_chunks(split), device=device)
     asked = encode(matcher.encode_captions, [Captions.from_text([sentence], matcher.vocab)], device=device)
-    rows = torch.arange(len(images)) if candidates is None or candidates >= len(images) else shortlist(images, asked, candidates)[0]
+    rows = torch.arange(len(images)) if candidates is None or candidates >= len(images) else shortlist(matcher, images, asked, candidates)[0]
     scores = score(matcher, images[rows.to(device)] if len(rows) < len(images) else images, asked)[:, 0]
     best = scores.topk(min(top, len(scores)))
     return [Hit(row, split.ids[row], s) for s, row in zip(best.values.tolist(), rows[best.indices].tolist())]

@@ -42,7 +42,8 @@ def test_first_look_of_every_model_against_loops_and_padding(name):
     with torch.no_grad(): again = FirstLook.match(matcher.encode_images(padded), matcher.encode_captions(wider))
     torch.testing.assert_close(again, quick, atol=1e-12, rtol=0)
     for memory in (1, 2000, 2**30): torch.testing.assert_close(score(FirstLook, images, sentences, memory=memory), quick.float(), atol=1e-6, rtol=0)
-    rows = shortlist(images, sentences, 3)                                              # (C, 3)
+    if matcher.first_scores: quick = matcher.first_scores(images, sentences)           # its own first look
+    rows = shortlist(matcher, images, sentences, 3)                                              # (C, 3)
     for c in range(len(sentences)):
         assert rows[c].tolist() == sorted(quick[:, c].topk(3).indices.tolist())
 
@@ -67,7 +68,7 @@ def test_two_stages_keep_scores_and_order_and_only_candidates(gallery):
     matcher, split, images = gallery
     for sentence in split.captions[:40:4]:
         asked = encode(matcher.encode_captions, [Captions.from_text([sentence], matcher.vocab)])
-        column, allowed = score(matcher, images, asked)[:, 0], set(shortlist(images, asked, 6)[0].tolist())
+        column, allowed = score(matcher, images, asked)[:, 0], set(shortlist(matcher, images, asked, 6)[0].tolist())
         hits = search(matcher, split, sentence, top=4, images=images, candidates=6)
         assert len(hits) == 4 and {h.row for h in hits} <= allowed
         best = sorted(allowed, key=lambda r: -float(column[r]))[:4]
