@@ -39,7 +39,7 @@ from .data import FILES, DataError, Split, image_chunks, need, path_of, write_wo
 from .encoders import Codes, Matcher, masked_mean
 from .explore import FirstLook, candidate_recall, ground
 from .models.ssamt import SSAMT, blame_accuracy, scale_accuracy
-from .phrases import (ATTRIBUTE, OBJECT, RELATION, TextGraph, contained, graph_from_spans,
+from .phrases import (PhraseLabels, ATTRIBUTE, OBJECT, RELATION, TextGraph, contained, graph_from_spans,
                                graph_from_triples, named_parser, normal, synonyms, word_keys)
 from .recall import evaluate
 from .results import RECALLS, made_by, read_experiment, table, write_json
@@ -360,7 +360,12 @@ def measure_tolerance(matcher: Matcher, split: Split, seed: int) -> dict:
 def measure_scales(matcher: Matcher, split: Split, seed: int) -> dict:
     "How often each scale of SSAMT alone tells a true pair from a wrong one, both ways; percent."
     if not isinstance(matcher, SSAMT): return {}
-    found = scale_accuracy(matcher, split, seed=seed)
+    device = next(matcher.parameters()).device
+    images = encode(matcher.encode_images, image_chunks(split), device=device)
+    captions = split.encoded(matcher.vocab)[:]
+    labels = PhraseLabels([matcher.vocab.parser(text) for text in split.captions], split.caption_image)
+    image = torch.from_numpy(split.caption_image).long()
+    found = scale_accuracy(matcher, images, captions, image, labels, seed=seed)
     return dict(scales={scale: list(both_ways) for scale, both_ways in found.items()})
 
 def measure_blame(matcher: Matcher, split: Split, seed: int) -> dict:
