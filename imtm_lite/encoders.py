@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOT_ARCHITECTURE', 'BLOCK', 'RegionEncoder', 'BiGRU', 'text_model', 'TransformerText', 'text_encoder', 'Codes',
-           'Matcher', 'KeptBytes', 'match_by_length', 'masked_mean', 'VSE']
+           'check_aligned', 'Matcher', 'KeptBytes', 'match_by_length', 'masked_mean', 'VSE']
 
 # %% ../nbs/04_encoders.ipynb #encoders-03
 import json
@@ -125,6 +125,11 @@ class Codes(Bundle):
 # %% ../nbs/04_encoders.ipynb #encoders-21
 BLOCK = 8 # pairs of a block whose diagonal `pairs` keeps
 
+def check_aligned(images: Codes, captions: Codes) -> None:
+    "Refuse two sets that cannot be scored one by one."
+    if len(images) != len(captions):
+        raise ValueError(f'pairs need as many images as captions, not {len(images)} and {len(captions)}')
+
 class Matcher(nn.Module):
     "The contract of every system: encode each side once, match all pairs, say what a batch costs."
     needs: tuple[str, ...] = () # files of a data set, beside features and captions, without which it refuses to work
@@ -143,7 +148,7 @@ class Matcher(nn.Module):
 
     def pairs(self, images: Codes, captions: Codes) -> Tensor: # (n,)
         "The k-th image with the k-th caption: diagonals of small blocks of `match`, unless a matcher knows better."
-        if len(images) != len(captions): raise ValueError(f'pairs need as many images as captions, not {len(images)} and {len(captions)}')
+        check_aligned(images, captions)
         diagonals = []
         for k in range(0, len(images), BLOCK):
             tile = self.match(images[k:k + BLOCK], captions[k:k + BLOCK].trimmed())  # (BLOCK, BLOCK)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import Split, need
-from ..encoders import Codes, Matcher
+from ..encoders import Codes, Matcher, check_aligned
 from ..phrases import PhraseLabels, TextGraph, mean_where, phrase_loss, tril
 from ..regions import Regions
 from ..text import UNK, Captions
@@ -199,6 +199,7 @@ class SSAMTIntra(Matcher):
 
     def pairs(self, images: Codes, captions: Codes) -> Tensor: # (N,)
         "The n-th picture with the n-th caption."
+        check_aligned(images, captions)
         return (images.vector * captions.vector).sum(1)
 
     @property
@@ -340,6 +341,7 @@ class SSAMT(SSAMTIntra):
 
     def pairs(self, images: Codes, captions: Codes) -> Tensor: # (N,)
         "The n-th picture with the n-th caption."
+        check_aligned(images, captions)
         first = (unit(images.vector) * unit(captions.vector)).sum(1)
         cosines = self.compare_by_size(images, captions)
         return self.combine(first, self.scales(cosines, images, captions))
