@@ -27,7 +27,7 @@ bench: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench
 
 detector: .venv/installed
-	$(BIN)/python -m imtm_lite.regions data/detector.safetensors
+	$(BIN)/python -m imtm_lite.world.detector imtm_lite/shipped/detector.safetensors
 
 .venv/installed: constraints.txt settings.ini setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || \

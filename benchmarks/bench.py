@@ -7,6 +7,7 @@ the matmul peak measured in the same rounds. Forms that are dear are timed on fe
 says. Beside them stand the multiply-adds of a pair, as counted, and those that no exact form can do
 without: see `least`. Figures go to benchmarks/results.json.
 """
+
 import argparse
 import inspect
 import platform
@@ -27,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plain import PLAIN, form
-from imtm_lite.cli import commit
+from imtm_lite.checkpoints import MODELS
 from imtm_lite.data import Batch, Split, batches, plan
 from imtm_lite.encoders import Codes, Matcher
 from imtm_lite.losses import HardestBCE, Triplet
@@ -35,39 +36,62 @@ from imtm_lite.models.ssamt import SSAMTIntra
 from imtm_lite.phrases import Entity, PhraseLabels, TextGraph
 from imtm_lite.recall import evaluate
 from imtm_lite.regions import Regions
-from imtm_lite.results import write_json
 from imtm_lite.scoring import PeakBytes, pair_bytes, score, tile_shape
 from imtm_lite.text import Captions, Vocab
-from imtm_lite.train import MODELS
+from imtm_lite.workshop.cli import commit
+from imtm_lite.workshop.reproduce import write_json
 
-REGIONS, WORDS, PREDICATES = 36, 200, 20
+REGIONS = 36
+WORDS = 200
+PREDICATES = 20
 CLASSES = {'ssamt-intra': SSAMTIntra} | MODELS
-TRAINED = [*(name for name in PLAIN if name != 'ssamt'), 'camp stage 1', 'ssamt phase 1', 'ssamt phase 2']
-SECONDS = 1.        # that one timing should take
-AT_LEAST = 200      # pairs of a timing, whatever they cost
-ALIGNED = 64        # pairs that `pairs` is asked for
-AT_ONCE = 32        # pictures that a plain form is given, with two captions at least
+TRAINED = [
+    *(name for name in PLAIN if name != 'ssamt'),
+    'camp stage 1',
+    'ssamt phase 1',
+    'ssamt phase 2',
+]
+SECONDS = 1.0  # that one timing should take
+AT_LEAST = 200  # pairs of a timing, whatever they cost
+ALIGNED = 64  # pairs that `pairs` is asked for
+AT_ONCE = 32  # pictures that a plain form is given, with two captions at least
 say = Console()
 
 
 # What is measured: matchers, and data of the papers' shape
 
-def items(n_images: int, n_captions: int, seed: int = 0, region_width: int = 64) -> tuple[Regions, Captions]:
+
+def items(
+    n_images: int, n_captions: int, seed: int = 0, region_width: int = 64
+) -> tuple[Regions, Captions]:
     "Random pictures of 36 regions; captions of 10 to 20 tokens, 14 on average as on Flickr30K; 3 phrases."
     g = torch.Generator().manual_seed(seed)
-    corners = torch.rand(n_images, REGIONS, 2, 2, generator=g).sort(2).values  # (B, R, low/high, x/y)
-    ends = [torch.randint(0, n, (n_images, 25), generator=g) for n in (REGIONS, PREDICATES, REGIONS)]
+    # (B, R, low/high, x/y)
+    corners = torch.rand(n_images, REGIONS, 2, 2, generator=g).sort(2).values
+    ends = [
+        torch.randint(0, n, (n_images, 25), generator=g) for n in (REGIONS, PREDICATES, REGIONS)
+    ]
     regions = Regions(
         features=torch.rand(n_images, REGIONS, region_width, generator=g),
-        boxes=corners.flatten(2), sizes=torch.full((n_images, 2), 500.),
-        triples=torch.stack(ends, -1), confidence=torch.rand(n_images, 25, generator=g))
-    lengths = (10 + torch.poisson(torch.full((n_captions,), 4.), generator=g)).clamp(max=20).long().tolist()
-    captions = Captions.from_ids([torch.randint(4, WORDS, (n,), generator=g).tolist() for n in lengths])
+        boxes=corners.flatten(2),
+        sizes=torch.full((n_images, 2), 500.0),
+        triples=torch.stack(ends, -1),
+        confidence=torch.rand(n_images, 25, generator=g),
+    )
+    lengths = (
+        (10 + torch.poisson(torch.full((n_captions,), 4.0), generator=g))
+        .clamp(max=20)
+        .long()
+        .tolist()
+    )
+    captions = Captions.from_ids(
+        [torch.randint(4, WORDS, (n,), generator=g).tolist() for n in lengths]
+    )
     phrases = [[(0, span(n, 0, 3)), (0, span(n, 5, 8)), (1, span(n, 0, 8))] for n in lengths]
     return regions, captions.with_units(phrases)
 
 
-def span(length: int, start: int, end: int) -> list[int]: # of a caption with <start> and <end>
+def span(length: int, start: int, end: int) -> list[int]:  # of a caption with <start> and <end>
     "The tokens of a phrase."
     return list(range(1 + start, min(1 + end, length - 1)))
 
@@ -76,13 +100,16 @@ def build(name: str, width: int, region_width: int = 64) -> Matcher:
     "The matcher of a row, in evaluation mode."
     torch.manual_seed(0)
     model, arguments = form(name)
-    facts = dict(region_width=region_width, words=WORDS, predicates=PREDICATES, width=width, word_width=32)
+    facts = dict(
+        region_width=region_width, words=WORDS, predicates=PREDICATES, width=width, word_width=32
+    )
     if model.startswith('ssamt'):
-        facts |= dict(heads=max(2, width // 64), feedforward=2 * width)    # 16 and 2048, at 1024
+        facts |= dict(heads=max(2, width // 64), feedforward=2 * width)  # 16 and 2048, at 1024
     known = inspect.signature(CLASSES[model]).parameters
     matcher = CLASSES[model](**{k: v for k, v in facts.items() if k in known}, **arguments)
     for p in matcher.parameters():
-        if p.ndim == 2 and not p.any():                                    # layers that begin as zeros
+        # layers that begin as zeros
+        if p.ndim == 2 and not p.any():
             nn.init.xavier_uniform_(p.data)
     return matcher.eval()
 
@@ -92,7 +119,7 @@ def training_matcher(name: str, width: int, size: int, region_width: int = 64) -
     matcher = build(name, width, region_width).train()
     matcher.criterion = HardestBCE() if form(name)[0] == 'camp' else Triplet()
     if form(name)[0] == 'ssamt':
-        matcher.intra.requires_grad_(False)                                # phase 1 is over
+        matcher.intra.requires_grad_(False)  # phase 1 is over
         matcher.labels = PhraseLabels([graph(c) for c in range(size)], range(size))
     return matcher
 
@@ -112,7 +139,8 @@ def training_batch(size: int, region_width: int = 64) -> Batch:
 
 # How it is measured: seconds, multiply-adds, bytes
 
-def clock(f) -> float: # seconds
+
+def clock(f) -> float:  # seconds
     began = time.perf_counter()
     f()
     return time.perf_counter() - began
@@ -120,8 +148,9 @@ def clock(f) -> float: # seconds
 
 def peak_flops(n: int = 1024) -> float:
     "Operations a second of a square matmul; a multiply-add counts as two."
-    a, b = torch.randn(n, n), torch.randn(n, n)
-    return 2 * n ** 3 / min(clock(lambda: a @ b) for _ in range(3))
+    a = torch.randn(n, n)
+    b = torch.randn(n, n)
+    return 2 * n**3 / min(clock(lambda: a @ b) for _ in range(3))
 
 
 @contextmanager
@@ -144,7 +173,7 @@ def madds(f) -> float:
     return counter.get_total_flops() / 2
 
 
-def scored_madds(matcher: Matcher, images: Codes, captions: Codes) -> float: # of a pair
+def scored_madds(matcher: Matcher, images: Codes, captions: Codes) -> float:  # of a pair
     "Of `score`, without the pairs that it tries in order to find its tiles."
     all_of_it = madds(lambda: score(matcher, images, captions))
     tried = madds(lambda: pair_bytes(matcher, images, captions))
@@ -169,17 +198,20 @@ def least(name: str, D: int, R: int, T: int, P: int) -> int:
     n = 2 + P + T + R nodes through two layers of 8 n D D (hidden layer 2 D) and attention; only the first
     queries, keys and values, 3 n D D, and the first products inside an item belong to the items.
     """
-    compare, every = R * T * D, (R + T) * D
+    compare = R * T * D
+    every = (R + T) * D
     if name == 'vse':
         return D
-    if name == 'camp':                # affinity, messages; layer; pooling; head
+    if name == 'camp':  # affinity, messages; layer; pooling; head
         return 3 * compare + every * D + 2 * every + D * D + D
-    if name == 'camp scalar gates':   # affinity, gates, what is sent; pooling; head
+    if name == 'camp scalar gates':  # affinity, gates, what is sent; pooling; head
         return 4 * compare + 2 * every + D * D + D
-    if name == 'camp released':       # two affinities, gates, what is sent; pooling with four heads; head
+    # two affinities, gates, what is sent; pooling with four heads; head
+    if name == 'camp released':
         return 5 * compare + every * D + 5 * every + 2 * D * D + D
     if name == 'ssamt':
-        text, image = 1 + P + T, 1 + R
+        text = 1 + P + T
+        image = 1 + R
         n = text + image
         first = 2 * text * image * D + n * n * D + 5 * n * D * D
         second = 2 * n * n * D + 8 * n * D * D
@@ -200,17 +232,20 @@ def least_of(name: str, images: Codes, captions: Codes) -> float:
 
 # Scoring
 
+
 @dataclass
 class Timed:
     "One form of one model's scoring, and what was found."
+
     model: str
     form: str
     run: Callable
     pairs: int
-    madds: float    # of a pair
-    least: float    # of a pair
-    memory: int     # bytes
-    tries: Callable | None = None # part of `run` that the whole set would hide: its time does not count
+    madds: float  # of a pair
+    least: float  # of a pair
+    memory: int  # bytes
+    # part of `run` that the whole set would hide: its time does not count
+    tries: Callable | None = None
     seconds: list[float] = field(default_factory=list)
     share: list[float] = field(default_factory=list)
 
@@ -223,15 +258,23 @@ class Timed:
         self.share.append(2 * self.madds * self.pairs / self.seconds[-1] / peak)
 
     @property
-    def speed(self) -> float: # pairs a second
+    def speed(self) -> float:  # pairs a second
         return self.pairs / statistics.median(self.seconds)
 
     def row(self, shape, plain: 'Timed') -> dict:
         return dict(
-            what='scoring', model=self.model, form=self.form, shape=list(shape), timed_pairs=self.pairs,
-            per_s=round(self.speed, 1), ratio_to_plain=round(self.speed / plain.speed, 2),
-            peak_share=round(statistics.median(self.share), 3), peak_mb=round(self.memory / 2 ** 20, 1),
-            madds_a_pair=round(self.madds), least_a_pair=round(self.least))
+            what='scoring',
+            model=self.model,
+            form=self.form,
+            shape=list(shape),
+            timed_pairs=self.pairs,
+            per_s=round(self.speed, 1),
+            ratio_to_plain=round(self.speed / plain.speed, 2),
+            peak_share=round(statistics.median(self.share), 3),
+            peak_mb=round(self.memory / 2**20, 1),
+            madds_a_pair=round(self.madds),
+            least_a_pair=round(self.least),
+        )
 
 
 def spread(captions: Codes, n: int) -> Codes:
@@ -239,7 +282,7 @@ def spread(captions: Codes, n: int) -> Codes:
     if n >= len(captions):
         return captions
     lengths = torch.zeros(len(captions)) if captions.mask is None else captions.mask.sum(1).cpu()
-    places = ((torch.arange(n) + .5) / n * len(captions)).long()
+    places = ((torch.arange(n) + 0.5) / n * len(captions)).long()
     chosen = lengths.argsort(stable=True)[places]
     return captions[chosen.sort().values.tolist()]
 
@@ -253,14 +296,26 @@ def affordable(images: Codes, captions: Codes, pairs: float) -> tuple[Codes, Cod
 def fast_form(name: str, matcher: Matcher, images: Codes, captions: Codes) -> Timed:
     "The library's `score`; of a part of the set, without the 20 pairs that it tries to find its tiles."
     few = images[:8], spread(captions, 8)
-    cost = clock(lambda: matcher.match(*few)) / (len(few[0]) * len(few[1]))    # seconds a pair
+    cost = clock(lambda: matcher.match(*few)) / (len(few[0]) * len(few[1]))  # seconds a pair
     v, t = affordable(images, captions, max(AT_LEAST, SECONDS / cost))
 
-    def run(): return score(matcher, v, t)
-    def tries(): return pair_bytes(matcher, v, t)
+    def run():
+        return score(matcher, v, t)
+
+    def tries():
+        return pair_bytes(matcher, v, t)
+
     is_part = len(v) * len(t) < len(images) * len(captions)
-    return Timed(name, 'fast', run, len(v) * len(t), scored_madds(matcher, v, t), least_of(name, v, t),
-                 peak_bytes(run), tries if is_part else None)
+    return Timed(
+        name,
+        'fast',
+        run,
+        len(v) * len(t),
+        scored_madds(matcher, v, t),
+        least_of(name, v, t),
+        peak_bytes(run),
+        tries if is_part else None,
+    )
 
 
 def pairs_form(name: str, matcher: Matcher, images: Codes, captions: Codes) -> Timed:
@@ -268,21 +323,31 @@ def pairs_form(name: str, matcher: Matcher, images: Codes, captions: Codes) -> T
     v, t = affordable(images, captions, ALIGNED)
     rows = torch.arange(len(v)).repeat(len(t))
     columns = torch.arange(len(t)).repeat_interleave(len(v))
-    v, t = v[rows], t[columns]
+    v = v[rows]
+    t = t[columns]
 
-    def run(): return matcher.pairs(v, t)
-    return Timed(name, 'pairs', run, len(v), madds(run) / len(v), least_of(name, v, t), peak_bytes(run))
+    def run():
+        return matcher.pairs(v, t)
+
+    return Timed(
+        name, 'pairs', run, len(v), madds(run) / len(v), least_of(name, v, t), peak_bytes(run)
+    )
 
 
 def plain_form(name: str, matcher: Matcher, images: Codes, captions: Codes) -> Timed:
     "One caption at a time."
-    plain, v = PLAIN[name], images[:AT_ONCE]
-    cost = clock(lambda: plain(matcher, v, spread(captions, 1)))               # seconds a caption
+    plain = PLAIN[name]
+    v = images[:AT_ONCE]
+    cost = clock(lambda: plain(matcher, v, spread(captions, 1)))  # seconds a caption
     t = spread(captions, max(2, int(SECONDS / cost)))
 
-    def run(): return plain(matcher, v, t)
+    def run():
+        return plain(matcher, v, t)
+
     pairs = len(v) * len(t)
-    return Timed(name, 'plain', run, pairs, madds(run) / pairs, least_of(name, v, t), peak_bytes(run))
+    return Timed(
+        name, 'plain', run, pairs, madds(run) / pairs, least_of(name, v, t), peak_bytes(run)
+    )
 
 
 @torch.no_grad()
@@ -317,20 +382,31 @@ def scoring(shapes, width: int, rounds: int) -> list[dict]:
 
 def beside_scan(forms: dict[str, Timed], shape) -> list[dict]:
     "How many times as long as SCAN both ways a refined pair takes: the median of the rounds' ratios."
-    base, rows = forms['scan both'], []
+    base = forms['scan both']
+    rows = []
     for name in ('cmsei', 'hire'):
         one = forms[name]
         ratios = [s / one.pairs / (b / base.pairs) for s, b in zip(one.seconds, base.seconds)]
-        rows.append(dict(what='cost', model=name, form='beside scan both', shape=list(shape),
-                         times=round(statistics.median(ratios), 2), at_most=3))
+        rows.append(
+            dict(
+                what='cost',
+                model=name,
+                form='beside scan both',
+                shape=list(shape),
+                times=round(statistics.median(ratios), 2),
+                at_most=3,
+            )
+        )
     return rows
 
 
 # Training, ranks, loader
 
+
 def training(width: int, rounds: int, size: int) -> list[dict]:
     "Pairs a second of a training step (forward, backward) of every model."
-    batch, steps = training_batch(size), {}
+    batch = training_batch(size)
+    steps = {}
     for name in TRAINED:
         matcher = training_matcher(name, width, size)
         steps[name] = lambda m=matcher: m(batch)['total'].backward()
@@ -342,9 +418,16 @@ def training(width: int, rounds: int, size: int) -> list[dict]:
     for name, step in steps.items():
         with PeakBytes() as counter:
             step()
-        rows.append(dict(what='training step', model=name, form='fast', shape=[size, size],
-                         per_s=round(size / statistics.median(found[name]), 1),
-                         peak_mb=round(counter.peak / 2 ** 20, 1)))
+        rows.append(
+            dict(
+                what='training step',
+                model=name,
+                form='fast',
+                shape=[size, size],
+                per_s=round(size / statistics.median(found[name]), 1),
+                peak_mb=round(counter.peak / 2**20, 1),
+            )
+        )
     return rows
 
 
@@ -355,8 +438,17 @@ def compared(what: str, shape, n: int, forms: dict[str, Callable], rounds: int) 
         for kind, f in forms.items():
             found[kind].append(clock(f))
     speed = {kind: n / statistics.median(seconds) for kind, seconds in found.items()}
-    return [dict(what=what, model='', form=kind, shape=list(shape), per_s=round(s, 1),
-                 ratio_to_plain=round(s / speed['plain'], 2)) for kind, s in speed.items()]
+    return [
+        dict(
+            what=what,
+            model='',
+            form=kind,
+            shape=list(shape),
+            per_s=round(s, 1),
+            ratio_to_plain=round(s / speed['plain'], 2),
+        )
+        for kind, s in speed.items()
+    ]
 
 
 def ranks(shape, rounds: int) -> list[dict]:
@@ -369,31 +461,39 @@ def ranks(shape, rounds: int) -> list[dict]:
             row.argsort(descending=True)
         for column in scores.T:
             column.argsort(descending=True)
+
     forms = dict(fast=lambda: evaluate(scores, image), plain=sort)
     return compared('ranks', shape, sum(shape), forms, rounds)
 
 
 class PlainLoader:
     "One pair at a time, as released loaders read it: the image's row, the words looked up; stacked, padded."
-    def __init__(self, split: Split, vocab: Vocab):
-        self.split, self.vocab = split, vocab
 
-    def __getitem__(self, c: int) -> tuple[Tensor, Tensor]: # (R, region width), (T,)
+    def __init__(self, split: Split, vocab: Vocab):
+        self.split = split
+        self.vocab = vocab
+
+    def __getitem__(self, c: int) -> tuple[Tensor, Tensor]:  # (R, region width), (T,)
         features = self.split.features[self.split.caption_image[c]]
-        return torch.tensor(features).float(), torch.tensor(self.vocab.encode(self.split.captions[c]))
+        return torch.tensor(features).float(), torch.tensor(
+            self.vocab.encode(self.split.captions[c])
+        )
 
     def batch(self, rows):
         pairs = sorted((self[c] for c in rows), key=lambda pair: len(pair[1]), reverse=True)
         images, captions = zip(*pairs)
         tokens = torch.zeros(len(captions), len(captions[0]), dtype=torch.long)
         for row, caption in zip(tokens, captions):
-            row[:len(caption)] = caption
+            row[: len(caption)] = caption
         return torch.stack(images), tokens, [len(c) for c in captions]
 
 
 def write_split(root: Path, n: int):
     "A training split of the papers' feature size."
-    np.save(root / 'train_ims.npy', np.random.default_rng(0).random((n, REGIONS, 2048), dtype=np.float32))
+    np.save(
+        root / 'train_ims.npy',
+        np.random.default_rng(0).random((n, REGIONS, 2048), dtype=np.float32),
+    )
     (root / 'train_ids.txt').write_text(''.join(f'{i}\n' for i in range(n)))
     (root / 'train_caps.txt').write_text('a dog runs after a red ball on the grass\n' * 5 * n)
 
@@ -414,7 +514,9 @@ def loader(n: int, rounds: int, workers: int = 2) -> list[dict]:
         def plain_epoch():
             for rows in plan(split, **order):
                 plain.batch(rows)
-        fast_epoch()                                                       # reads the file into memory
+
+        # reads the file into memory
+        fast_epoch()
         plain_epoch()
         forms = dict(fast=fast_epoch, plain=plain_epoch)
         return compared('loader', (n, REGIONS, 2048), n, forms, rounds)
@@ -422,13 +524,25 @@ def loader(n: int, rounds: int, workers: int = 2) -> list[dict]:
 
 # The table
 
+
 def million(x: float | None) -> str:
     return '' if x is None else f'{x / 1e6:,.2f}'
 
 
 def show(rows: list[dict], title: str):
     table = Table(title=title, title_justify='left')
-    columns = ('', 'model', 'form', 'shape', 'a second', 'to plain', 'of peak', 'MB', 'M madds', 'the least')
+    columns = (
+        '',
+        'model',
+        'form',
+        'shape',
+        'a second',
+        'to plain',
+        'of peak',
+        'MB',
+        'M madds',
+        'the least',
+    )
     for column in columns:
         table.add_column(column, justify='right')
     for r in rows:
@@ -437,25 +551,34 @@ def show(rows: list[dict], title: str):
         measured = [str(r.get(k, '')) for k in ('ratio_to_plain', 'peak_share', 'peak_mb')]
         counted = [million(r.get(k)) for k in ('madds_a_pair', 'least_a_pair')]
         shape = ' x '.join(map(str, r['shape']))
-        table.add_row(r['what'], r['model'], r['form'], shape, f"{r['per_s']:,.0f}", *measured, *counted)
+        table.add_row(
+            r['what'], r['model'], r['form'], shape, f"{r['per_s']:,.0f}", *measured, *counted
+        )
     say.print(table)
-    say.print('M madds: million multiply-adds of a pair, as counted; the least: what no exact form avoids')
+    say.print(
+        'M madds: million multiply-adds of a pair, as counted; the least: what no exact form avoids'
+    )
     for r in rows:
         if r['what'] == 'cost':
             shape = ' x '.join(map(str, r['shape']))
-            say.print(f"{shape}: {r['model']} costs {r['times']} times scan both (aim: {r['at_most']})")
+            say.print(
+                f"{shape}: {r['model']} costs {r['times']} times scan both (aim: {r['at_most']})"
+            )
 
 
 def main():
     plainly = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plainly)
-    parser.add_argument('--quick', action='store_true', help='small shapes, one round: does everything run?')
+    parser.add_argument(
+        '--quick', action='store_true', help='small shapes, one round: does everything run?'
+    )
     parser.add_argument('--width', type=int, default=1024)
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--out', type=Path, default=Path(__file__).parent / 'results.json')
     a = parser.parse_args()
     if a.quick:
-        a.width, a.rounds = 32, 1
+        a.width = 32
+        a.rounds = 1
         sizes = dict(shapes=[(8, 20)], batch=8, ranks=(50, 250), loader=20)
     else:
         sizes = dict(shapes=[(64, 320), (200, 1000)], batch=16, ranks=(5000, 25_000), loader=1000)
@@ -463,11 +586,19 @@ def main():
     rows += training(a.width, a.rounds, sizes['batch'])
     rows += ranks(sizes['ranks'], a.rounds)
     rows += loader(sizes['loader'], a.rounds)
-    about = dict(threads=torch.get_num_threads(), width=a.width, torch=torch.__version__,
-                 machine=platform.machine(), library=commit())
+    about = dict(
+        threads=torch.get_num_threads(),
+        width=a.width,
+        torch=torch.__version__,
+        machine=platform.machine(),
+        library=commit(),
+    )
     rows = [r | about for r in rows]
-    show(rows, f'width {a.width}, {about["threads"]} threads, torch {torch.__version__}, {about["machine"]}, '
-               f'imtm_lite {about["library"]}, medians of {a.rounds} rounds')
+    show(
+        rows,
+        f'width {a.width}, {about["threads"]} threads, torch {torch.__version__}, {about["machine"]}, '
+        f'imtm_lite {about["library"]}, medians of {a.rounds} rounds',
+    )
     write_json(a.out, rows)
 
 

@@ -7,6 +7,7 @@ width 1024, batch 128) of CAMP as in the paper, of CAMP's released stages and of
 hundred steps in float32 and in bfloat16, peak memory, and the hours that the papers' schedules would take.
 The table comes last. What does not fit into memory or into the time is a line that says so.
 """
+
 import argparse
 import json
 import statistics
@@ -16,27 +17,39 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.bench import PLAIN, REGIONS, affordable, build, items, madds, scored_madds, training_batch
-from benchmarks.bench import training_matcher
+from benchmarks.bench import (
+    PLAIN,
+    REGIONS,
+    affordable,
+    build,
+    items,
+    madds,
+    scored_madds,
+    training_batch,
+    training_matcher,
+)
 from imtm_lite.data import Batch
 from imtm_lite.encoders import Codes, Matcher
+from imtm_lite.recipes import RECIPES
 from imtm_lite.scoring import score
-from imtm_lite.train import RECIPES
 
-F30K = 29_000       # training pictures, five captions each
-TOKENS = 14         # of a caption, on average
+F30K = 29_000  # training pictures, five captions each
+TOKENS = 14  # of a caption, on average
 PRECISIONS = (torch.float32, torch.bfloat16)
-SCHEDULES = {       # a row of the training table -> recipe, preset, and the stages of which model
+SCHEDULES = {  # a row of the training table -> recipe, preset, and the stages of which model
     'camp': ('camp', 'f30k', 'camp'),
     'camp stage 1': ('camp', 'f30k-released', 'camp-stage1'),
     'camp released': ('camp', 'f30k-released', 'camp'),
     'ssamt phase 1': ('ssamt', 'f30k', 'ssamt-intra'),
-    'ssamt phase 2': ('ssamt', 'f30k', 'ssamt')}
-TILED = ('camp', 'camp stage 1', 'camp released')     # all pairs of a batch, in tiles that may be recomputed
+    'ssamt phase 2': ('ssamt', 'f30k', 'ssamt'),
+}
+# all pairs of a batch, in tiles that may be recomputed
+TILED = ('camp', 'camp stage 1', 'camp released')
 
 
 class Budget:
     "Seconds left of the whole call."
+
     def __init__(self, minutes: float):
         self.end = time.monotonic() + 60 * minutes
 
@@ -53,7 +66,7 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def clock(f, device: str, rounds: int) -> float: # median seconds, after one round to warm up
+def clock(f, device: str, rounds: int) -> float:  # median seconds, after one round to warm up
     found = []
     for _ in range(rounds + 1):
         began = time.perf_counter()
@@ -63,9 +76,10 @@ def clock(f, device: str, rounds: int) -> float: # median seconds, after one rou
     return statistics.median(found[1:])
 
 
-def peak(device: str, dtype: torch.dtype, n: int) -> float: # operations a second of a square matmul
+# operations a second of a square matmul
+def peak(device: str, dtype: torch.dtype, n: int) -> float:
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n ** 3 / clock(lambda: a @ b, device, 5)
+    return 2 * n**3 / clock(lambda: a @ b, device, 5)
 
 
 def memory_of(f, device: str) -> float | None:
@@ -78,21 +92,28 @@ def memory_of(f, device: str) -> float | None:
     before = torch.cuda.memory_allocated()
     f()
     wait(device)
-    return round((torch.cuda.max_memory_allocated() - before) / 2 ** 20, 1)
+    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
 
 
 # Scoring
 
+
 @torch.no_grad()
-def scoring(device: str, width: int, shape: tuple[int, int], rounds: int,
-            peaks: dict[torch.dtype, float], # operations a second of a matmul
-            budget: Budget) -> list[dict]:
+def scoring(
+    device: str,
+    width: int,
+    shape: tuple[int, int],
+    rounds: int,
+    peaks: dict[torch.dtype, float],  # operations a second of a matmul
+    budget: Budget,
+) -> list[dict]:
     "Pairs a second of every model: fast in float32 and bfloat16, plain in float32."
     regions, captions = items(*shape)
-    regions, captions = regions.to(device), captions.to(device)
+    regions = regions.to(device)
+    captions = captions.to(device)
     rows = []
     for k, name in enumerate(PLAIN):
-        seconds = budget.left() / 2 / (len(PLAIN) - k)      # half of the time is for training
+        seconds = budget.left() / 2 / (len(PLAIN) - k)  # half of the time is for training
         if seconds < 2:
             rows.append(dict(what='scoring', model=name, form='not run: no time left'))
             continue
@@ -102,56 +123,92 @@ def scoring(device: str, width: int, shape: tuple[int, int], rounds: int,
     return rows
 
 
-def scored(name: str, matcher: Matcher, images: Codes, captions: Codes, device: str, rounds: int,
-           seconds: float, # for all of it
-           peaks: dict[torch.dtype, float]) -> list[dict]:
+def scored(
+    name: str,
+    matcher: Matcher,
+    images: Codes,
+    captions: Codes,
+    device: str,
+    rounds: int,
+    seconds: float,  # for all of it
+    peaks: dict[torch.dtype, float],
+) -> list[dict]:
     "One model's rows, on as many pairs as the time allows."
     few = affordable(images, captions, 256)
-    cost = clock(lambda: score(matcher, *few), device, 1) / (len(few[0]) * len(few[1]))    # seconds a pair
+    # seconds a pair
+    cost = clock(lambda: score(matcher, *few), device, 1) / (len(few[0]) * len(few[1]))
     v, t = affordable(images, captions, max(1024, seconds / (2 * rounds + 8) / cost))
     pairs = len(v) * len(t)
     exact = score(matcher, v, t)
     operations = 2 * scored_madds(matcher, *few)
     some = images[:32], captions[:8]
-    plain = clock(lambda: PLAIN[name](matcher, *some), device, rounds) / (len(some[0]) * len(some[1]))
+    plain = clock(lambda: PLAIN[name](matcher, *some), device, rounds) / (
+        len(some[0]) * len(some[1])
+    )
     rows = []
     for dtype in PRECISIONS:
-        m, a, b = matcher.to(dtype), v.to(dtype), t.to(dtype)
+        m = matcher.to(dtype)
+        a = v.to(dtype)
+        b = t.to(dtype)
         found = clock(lambda: score(m, a, b), device, rounds) / pairs
-        rows.append(dict(
-            what='scoring', model=name, form=short(dtype), shape=[len(v), len(t)], per_s=round(1 / found, 1),
-            ratio_to_plain=round(plain / found, 2), peak_share=round(operations / found / peaks[dtype], 3),
-            peak_mb=memory_of(lambda: score(m, a, b), device),
-            largest_difference=float((score(m, a, b) - exact).abs().max())))
+        rows.append(
+            dict(
+                what='scoring',
+                model=name,
+                form=short(dtype),
+                shape=[len(v), len(t)],
+                per_s=round(1 / found, 1),
+                ratio_to_plain=round(plain / found, 2),
+                peak_share=round(operations / found / peaks[dtype], 3),
+                peak_mb=memory_of(lambda: score(m, a, b), device),
+                largest_difference=float((score(m, a, b) - exact).abs().max()),
+            )
+        )
     return rows
 
 
 # Training
 
+
 class Trainer:
     "Steps of Adam on one batch."
-    def __init__(self, matcher: Matcher, batch: Batch, device: str, precision: torch.dtype):
-        self.matcher, self.batch = matcher, batch
-        self.device, self.precision = device, precision
-        self.optimiser = torch.optim.Adam([p for p in matcher.parameters() if p.requires_grad], lr=1e-4)
 
-    def step(self) -> Tensor: # the loss
+    def __init__(self, matcher: Matcher, batch: Batch, device: str, precision: torch.dtype):
+        self.matcher = matcher
+        self.batch = batch
+        self.device = device
+        self.precision = precision
+        self.optimiser = torch.optim.Adam(
+            [p for p in matcher.parameters() if p.requires_grad], lr=1e-4
+        )
+
+    def step(self) -> Tensor:  # the loss
         with torch.autocast(self.device, self.precision, enabled=self.precision != torch.float32):
             loss = self.matcher(self.batch)['total']
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.matcher.parameters(), 2.)
+        torch.nn.utils.clip_grad_norm_(self.matcher.parameters(), 2.0)
         self.optimiser.step()
         return loss.detach()
 
 
-def training(device: str, width: int, region_width: int, size: int, steps: int,
-             peaks: dict[torch.dtype, float], budget: Budget) -> list[dict]:
+def training(
+    device: str,
+    width: int,
+    region_width: int,
+    size: int,
+    steps: int,
+    peaks: dict[torch.dtype, float],
+    budget: Budget,
+) -> list[dict]:
     "So many steps of every row of SCHEDULES, in float32 and bfloat16: losses, pairs a second, memory, hours."
-    rows, batch = [], training_batch(size, region_width).to(device)
+    rows = []
+    batch = training_batch(size, region_width).to(device)
     runs = [(name, precision) for name in SCHEDULES for precision in PRECISIONS]
     for k, (name, precision) in enumerate(runs):
-        about = dict(what='training', model=name, form=short(precision), shape=[size, REGIONS, region_width])
+        about = dict(
+            what='training', model=name, form=short(precision), shape=[size, REGIONS, region_width]
+        )
         seconds = budget.left() / (len(runs) - k)
         if seconds < 2:
             rows.append(about | dict(note='not run: no time left'))
@@ -165,27 +222,39 @@ def training(device: str, width: int, region_width: int, size: int, steps: int,
     return rows
 
 
-def trained(name: str, trainer: Trainer, steps: int, seconds: float, size: int, peak: float) -> dict:
+def trained(
+    name: str, trainer: Trainer, steps: int, seconds: float, size: int, peak: float
+) -> dict:
     "What a run of one row shows, in about so many seconds."
-    device, figures = trainer.device, {}
+    device = trainer.device
+    figures = {}
     began = time.perf_counter()
-    trainer.matcher.memory = 0                      # every tile computed a second time in the backward pass
-    first = float(trainer.step())                   # what the optimiser keeps is there from now on
+    # every tile computed a second time in the backward pass
+    trainer.matcher.memory = 0
+    # what the optimiser keeps is there from now on
+    first = float(trainer.step())
     if name in TILED:
         figures['peak_mb_recomputed'] = memory_of(trainer.step, device)
         figures['note'] = 'tiles of 32 x 16 pairs, kept up to 8 GiB, then recomputed'
-    trainer.matcher.memory = None                   # the budget of `match_by_length`
+    trainer.matcher.memory = None  # the budget of `match_by_length`
     figures['peak_mb'] = memory_of(trainer.step, device)
     trainer.step()
     wait(device)
-    losses, start = [], time.perf_counter()
+    losses = []
+    start = time.perf_counter()
     while len(losses) < steps and (not losses or time.perf_counter() - began < seconds):
         losses.append(float(trainer.step()))
     a_step = (time.perf_counter() - start) / len(losses)
-    forward = 2 * madds(lambda: trainer.matcher(trainer.batch)) # operations; backward there are twice as many
+    # operations; backward there are twice as many
+    forward = 2 * madds(lambda: trainer.matcher(trainer.batch))
     return figures | dict(
-        steps=len(losses), first_loss=first, last_loss=losses[-1], per_s=round(size / a_step, 1),
-        peak_share=round(3 * forward / a_step / peak, 3), projected_hours=hours(name, a_step, size))
+        steps=len(losses),
+        first_loss=first,
+        last_loss=losses[-1],
+        per_s=round(size / a_step, 1),
+        peak_share=round(3 * forward / a_step / peak, 3),
+        projected_hours=hours(name, a_step, size),
+    )
 
 
 def hours(name: str, a_step: float, size: int) -> float | None:
@@ -198,7 +267,7 @@ def hours(name: str, a_step: float, size: int) -> float | None:
     stages = [s for s in RECIPES.get(model, {}).get(preset, []) if s['model'] == stage_model]
     if not stages:
         return None
-    seconds = 0.
+    seconds = 0.0
     for stage in stages:
         batch = stage.get('size', size)
         if stage.get('instances'):
@@ -206,12 +275,14 @@ def hours(name: str, a_step: float, size: int) -> float | None:
         pairs = batch * (stage.get('updates') or 0) * stage.get('accumulate', 1)
         if not pairs:
             pairs = stage['epochs'] * F30K * (stage.get('per_image') or 5)
-        growth = batch / size if name in TILED else 1.      # where all pairs of a batch are scored
+        # where all pairs of a batch are scored
+        growth = batch / size if name in TILED else 1.0
         seconds += pairs / size * a_step * growth
     return round(seconds / 3600, 2)
 
 
 # The table
+
 
 def number(value, width: int, digits: int) -> str:
     return f'{value:{width},.{digits}f}' if value is not None else f"{'':{width}s}"
@@ -220,8 +291,15 @@ def number(value, width: int, digits: int) -> str:
 def table(rows: list[dict]) -> str:
     titles = f"{'a second':>14s}{'to plain':>10s}{'of peak':>9s}{'peak MB':>10s}  more"
     lines = [f"{'':10s}{'model':19s}{'form':10s}{titles}"]
-    extra = ('largest_difference', 'steps', 'first_loss', 'last_loss', 'peak_mb_recomputed',
-             'projected_hours', 'note')
+    extra = (
+        'largest_difference',
+        'steps',
+        'first_loss',
+        'last_loss',
+        'peak_mb_recomputed',
+        'projected_hours',
+        'note',
+    )
     for r in rows:
         more = []
         for k in extra:
@@ -236,22 +314,36 @@ def table(rows: list[dict]) -> str:
 def main():
     plainly = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plainly)
-    parser.add_argument('--quick', action='store_true', help='tiny shapes on the CPU: does everything run?')
+    parser.add_argument(
+        '--quick', action='store_true', help='tiny shapes on the CPU: does everything run?'
+    )
     parser.add_argument('--minutes', type=float, default=8)
     parser.add_argument('--out', type=Path, default=Path('gpu.json'))
     a = parser.parse_args()
     if not a.quick and not torch.cuda.is_available():
         parser.error('there is no GPU here; --quick is a dry run on the CPU')
-    budget = Budget(a.minutes - .5)
+    budget = Budget(a.minutes - 0.5)
     if a.quick:
-        device, name, square, rounds, shape = 'cpu', 'cpu, dry run', 256, 1, (8, 20)
+        device = 'cpu'
+        name = 'cpu, dry run'
+        square = 256
+        rounds = 1
+        shape = (8, 20)
         sizes = dict(width=32, region_width=64, size=8, steps=2)
     else:
-        device, name, square, rounds, shape = 'cuda', torch.cuda.get_device_name(), 8192, 5, (200, 1000)
+        device = 'cuda'
+        name = torch.cuda.get_device_name()
+        square = 8192
+        rounds = 5
+        shape = (200, 1000)
         sizes = dict(width=1024, region_width=2048, size=128, steps=300)
     peaks = {dtype: peak(device, dtype, square) for dtype in PRECISIONS}
-    about = dict(device=name, torch=torch.__version__, cuda=torch.version.cuda,
-                 tflops={short(dtype): round(p / 1e12, 2) for dtype, p in peaks.items()})
+    about = dict(
+        device=name,
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+        tflops={short(dtype): round(p / 1e12, 2) for dtype, p in peaks.items()},
+    )
     rows = scoring(device, sizes['width'], shape, rounds, peaks, budget)
     rows += training(device, peaks=peaks, budget=budget, **sizes)
     a.out.write_text(json.dumps(dict(about, rows=rows), indent=1))

@@ -4,23 +4,26 @@
 Random input with 36 regions and sentences of 10 to 20 words. Counted are the tensors of a step, forward and
 backward; weights, gradients and the optimizer come on top.
 """
+
 import argparse
 import time
 
 import torch
 
 from benchmarks.bench import training_batch, training_matcher
-from imtm_lite.cli import commit
 from imtm_lite.data import Batch
 from imtm_lite.encoders import Matcher
 from imtm_lite.scoring import PeakBytes
+from imtm_lite.workshop.cli import commit
 
 FORMS = ('camp', 'camp scalar gates', 'camp released', 'camp stage 1')
 
 
-def step(matcher: Matcher, batch: Batch,
-         memory: int, # bytes that tiles may keep
-        ) -> tuple[int, float]: # peak bytes, seconds of processor time
+def step(
+    matcher: Matcher,
+    batch: Batch,
+    memory: int,  # bytes that tiles may keep
+) -> tuple[int, float]:  # peak bytes, seconds of processor time
     "One step, without the optimizer."
     matcher.memory = memory
     began = time.process_time()
@@ -33,21 +36,28 @@ def step(matcher: Matcher, batch: Batch,
 def main(argv: list[str] | None = None):
     plainly = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plainly)
-    parser.add_argument('--form', choices=FORMS, nargs='+', default=['camp'], help='default: the paper')
+    parser.add_argument(
+        '--form', choices=FORMS, nargs='+', default=['camp'], help='default: the paper'
+    )
     parser.add_argument('--batch', type=int, default=128)
     parser.add_argument('--width', type=int, default=1024)
     parser.add_argument('--region-width', type=int, default=2048)
     parser.add_argument('--keep', type=float, nargs='+', default=[0, 2], help='GiB')
     a = parser.parse_args(argv)
     batch = training_batch(a.batch, a.region_width)
-    print(f'batch {a.batch}, width {a.width}, features of {a.region_width}, float32, '
-          f'{torch.get_num_threads()} threads, torch {torch.__version__}, imtm_lite {commit()}')
+    print(
+        f'batch {a.batch}, width {a.width}, features of {a.region_width}, float32, '
+        f'{torch.get_num_threads()} threads, torch {torch.__version__}, imtm_lite {commit()}'
+    )
     for name in a.form:
         matcher = training_matcher(name, a.width, a.batch, a.region_width)
         for keep in a.keep:
-            peak, seconds = step(matcher, batch, int(keep * 2 ** 30))
-            print(f'{name}, tiles may keep {keep:g} GiB: peak {peak / 2 ** 20:,.0f} MiB, '
-                  f'{seconds:.0f} s of processor time', flush=True)
+            peak, seconds = step(matcher, batch, int(keep * 2**30))
+            print(
+                f'{name}, tiles may keep {keep:g} GiB: peak {peak / 2**20:,.0f} MiB, '
+                f'{seconds:.0f} s of processor time',
+                flush=True,
+            )
 
 
 if __name__ == '__main__':

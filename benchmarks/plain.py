@@ -5,6 +5,7 @@ Same codes in, same scores out as the library's; only the arithmetic differs. SC
 follow the released codes (CAMP pads every caption to 50 tokens, as released). CAMP as in the paper, SSAMT,
 CMSEI and Hire never had public code: their plain forms are the equations of their lessons, written out.
 """
+
 import math
 
 import torch
@@ -14,20 +15,22 @@ from torch import Tensor
 from imtm_lite.attention import masked_softmax
 from imtm_lite.encoders import Codes, Matcher
 
-CAMP_TOKENS = 50 # to which the release pads
+CAMP_TOKENS = 50  # to which the release pads
 
 
-def scan_weights(x: Tensor,       # (B, L, D) who asks
-                 y: Tensor,       # (B, K, D) who answers
-                 there: Tensor,   # (B, K) bool: answers that exist
-                 temperature: float) -> Tensor: # (B, L, K)
+def scan_weights(
+    x: Tensor,  # (B, L, D) who asks
+    y: Tensor,  # (B, K, D) who answers
+    there: Tensor,  # (B, K) bool: answers that exist
+    temperature: float,
+) -> Tensor:  # (B, L, K)
     "SCAN's attention, after the released code; everybody who asks exists."
-    s = F.leaky_relu(x @ y.transpose(1, 2), .1)
+    s = F.leaky_relu(x @ y.transpose(1, 2), 0.1)
     s = s / s.norm(dim=1, keepdim=True).clamp(min=1e-8)
     return masked_softmax(temperature * s, there[:, None])
 
 
-def all_there(x: Tensor) -> Tensor: # (B, L, D) -> (B, L) bool
+def all_there(x: Tensor) -> Tensor:  # (B, L, D) -> (B, L) bool
     return torch.ones_like(x[..., 0], dtype=torch.bool)
 
 
@@ -37,7 +40,7 @@ def each_caption(images: Codes, captions: Codes):
         yield c, captions.x[c, :n].expand(len(images), n, captions.x.shape[2])
 
 
-def vse(matcher: Matcher, images: Codes, captions: Codes) -> Tensor: # (B, C), like all below
+def vse(matcher: Matcher, images: Codes, captions: Codes) -> Tensor:  # (B, C), like all below
     columns = []
     for sentence in captions.vector:
         columns.append(F.cosine_similarity(images.vector, sentence[None]))
@@ -48,21 +51,31 @@ def scan(matcher: Matcher, images: Codes, captions: Codes) -> Tensor:
     "As released, copies included: words repeated, weights and contexts written out, a cosine of three sums."
     columns = []
     for _, t in each_caption(images, captions):
-        t, v = t.contiguous(), images.x                                             # (B, T, D), (B, R, D)
+        # (B, T, D), (B, R, D)
+        t = t.contiguous()
+        v = images.x
         ways = []
         for way, temperature in matcher.temperatures.items():
             if way == 't2i':
-                x, x_there, y, y_there = t, None, v, images.mask
+                x = t
+                x_there = None
+                y = v
+                y_there = images.mask
             else:
-                x, x_there, y, y_there = v, images.mask, t, None
-            s = F.leaky_relu(y @ x.transpose(1, 2), .1)                             # (B, K, L)
+                x = v
+                x_there = images.mask
+                y = t
+                y_there = None
+            s = F.leaky_relu(y @ x.transpose(1, 2), 0.1)  # (B, K, L)
             s = s / s.norm(dim=2, keepdim=True).clamp(min=1e-8)
-            logits = temperature * s.transpose(1, 2).contiguous()                   # (B, L, K)
-            weights = logits.softmax(-1) if y_there is None else masked_softmax(logits, y_there[:, None])
-            context = y.transpose(1, 2) @ weights.transpose(1, 2).contiguous()      # (B, D, L)
+            logits = temperature * s.transpose(1, 2).contiguous()  # (B, L, K)
+            weights = (
+                logits.softmax(-1) if y_there is None else masked_softmax(logits, y_there[:, None])
+            )
+            context = y.transpose(1, 2) @ weights.transpose(1, 2).contiguous()  # (B, D, L)
             context = context.transpose(1, 2).contiguous()
             lengths = x.norm(dim=2) * context.norm(dim=2)
-            agreed = (x * context).sum(2) / lengths.clamp(min=1e-8)                 # (B, L)
+            agreed = (x * context).sum(2) / lengths.clamp(min=1e-8)  # (B, L)
             if x_there is None:
                 ways.append(agreed.mean(1))
             else:
@@ -75,27 +88,30 @@ def camp(matcher: Matcher, images: Codes, captions: Codes) -> Tensor:
     "As in the paper (eq. 1 to 12), with element-wise or scalar gates; projected once an item."
     scale = math.sqrt(images.x.shape[2])
 
-    def side(x, x_there, y, y_there, affinity, fusion, pool): # (B, L, D), (B, K, D), (B, L, K) -> (B, D)
+    # (B, L, D), (B, K, D), (B, L, K) -> (B, D)
+    def side(x, x_there, y, y_there, affinity, fusion, pool):
         weights = masked_softmax(affinity / scale, y_there[:, None])
-        message = weights @ y                                                       # (B, L, D)
+        message = weights @ y  # (B, L, D)
         products = x * message
         if fusion.gate == 'elementwise':
-            gate = torch.sigmoid(products)                                          # (B, L, D)
+            gate = torch.sigmoid(products)  # (B, L, D)
         else:
-            dots = products.sum(-1, keepdim=True)                                   # (B, L, 1)
+            dots = products.sum(-1, keepdim=True)  # (B, L, 1)
             gate = torch.sigmoid(fusion.gate_scale * dots)
         fused = F.relu(fusion.linear(gate * (x + message))) + x
-        share = masked_softmax(pool.logits(fused)[..., 0] / scale, x_there)         # (B, L)
+        share = masked_softmax(pool.logits(fused)[..., 0] / scale, x_there)  # (B, L)
         return (share[..., None] * fused).sum(1)
 
-    columns, v = [], images.x
+    columns = []
+    v = images.x
     for c, t in each_caption(images, captions):
-        words = captions.projected[c, :t.shape[1]].expand(len(images), -1, -1)      # (B, T, D)
-        affinity = images.projected @ words.transpose(1, 2)                         # (B, R, T)
-        v_there, t_there = images.mask, all_there(t)
+        words = captions.projected[c, : t.shape[1]].expand(len(images), -1, -1)  # (B, T, D)
+        affinity = images.projected @ words.transpose(1, 2)  # (B, R, T)
+        v_there = images.mask
+        t_there = all_there(t)
         a = side(v, v_there, t, t_there, affinity, matcher.image_fusion, matcher.image_pool)
         b = side(t, t_there, v, v_there, affinity.mT, matcher.word_fusion, matcher.word_pool)
-        logits = matcher.head.out(F.relu(matcher.head.hidden(a + b)))               # (B, 1)
+        logits = matcher.head.out(F.relu(matcher.head.hidden(a + b)))  # (B, 1)
         columns.append(torch.sigmoid(logits[:, 0]))
     return torch.stack(columns, 1)
 
@@ -104,53 +120,67 @@ def camp_released(matcher: Matcher, images: Codes, captions: Codes) -> Tensor:
     "As released: captions padded to 50 tokens, two levels of messages, projected anew for every caption."
     scale = math.sqrt(images.x.shape[2])
 
-    def unit(x): return x / (x.norm(dim=-1, keepdim=True) + 1e-8)
+    def unit(x):
+        return x / (x.norm(dim=-1, keepdim=True) + 1e-8)
 
-    def side(x, x_there, y, y_there, x_side, y_side, fusion, pool): # (B, L, D), (B, K, D) -> (B, D)
-        first = x_side.query(x) @ y_side.key(y).transpose(1, 2) / scale             # (B, L, K)
-        message = masked_softmax(first, y_there[:, None]) @ y                       # (B, L, D)
-        asking, answering = y_side.message_query(message), y_side.message_key(message)
-        among = asking @ answering.transpose(1, 2) / scale                          # (B, L, L)
+    # (B, L, D), (B, K, D) -> (B, D)
+    def side(x, x_there, y, y_there, x_side, y_side, fusion, pool):
+        first = x_side.query(x) @ y_side.key(y).transpose(1, 2) / scale  # (B, L, K)
+        message = masked_softmax(first, y_there[:, None]) @ y  # (B, L, D)
+        asking = y_side.message_query(message)
+        answering = y_side.message_key(message)
+        among = asking @ answering.transpose(1, 2) / scale  # (B, L, L)
         message = unit(masked_softmax(among, x_there[:, None]) @ message)
-        gate = torch.sigmoid((x * message).sum(-1, keepdim=True))                   # (B, L, 1)
+        gate = torch.sigmoid((x * message).sum(-1, keepdim=True))  # (B, L, 1)
         fused = F.relu(fusion.linear(torch.cat((x, message), -1) * gate)) + x
         return unit(pool(fused, x_there))
 
-    columns, v, B = [], images.x, len(images)
-    words, regions = matcher.messages.words, matcher.messages.regions
+    columns = []
+    v = images.x
+    B = len(images)
+    words = matcher.messages.words
+    regions = matcher.messages.regions
     for c in range(len(captions)):
         n = min(captions.x.shape[1], CAMP_TOKENS)
         t = F.pad(captions.x[c, :n], (0, 0, 0, CAMP_TOKENS - n)).expand(B, -1, -1)  # (B, 50, D)
-        there = F.pad(captions.mask[c, :n], (0, CAMP_TOKENS - n)).expand(B, -1)     # (B, 50)
+        there = F.pad(captions.mask[c, :n], (0, CAMP_TOKENS - n)).expand(B, -1)  # (B, 50)
         a = side(v, images.mask, t, there, regions, words, matcher.image_fusion, matcher.image_pool)
         b = side(t, there, v, images.mask, words, regions, matcher.word_fusion, matcher.word_pool)
         columns.append(torch.sigmoid(matcher.head(a, b)))
     return torch.stack(columns, 1)
 
 
-def transformer_layer(layer,
-                      x: Tensor,    # (B, n, D)
-                      sees: Tensor, # (B, n, n) bool
-                     ) -> Tensor:   # (B, n, D)
+def transformer_layer(
+    layer,
+    x: Tensor,  # (B, n, D)
+    sees: Tensor,  # (B, n, n) bool
+) -> Tensor:  # (B, n, D)
     "A pre-norm layer of PyTorch's, written out, without dropout."
     B, n, D = x.shape
     attention = layer.self_attn
     heads = attention.num_heads
     y = F.linear(layer.norm1(x), attention.in_proj_weight, attention.in_proj_bias)  # (B, n, 3 D)
     parts = [part.view(B, n, heads, D // heads).transpose(1, 2) for part in y.chunk(3, -1)]
-    query, key, value = parts                                                       # (B, heads, n, D / heads)
+    # (B, heads, n, D / heads)
+    query, key, value = parts
     weights = masked_softmax(query @ key.transpose(2, 3) / math.sqrt(D // heads), sees[:, None])
     x = x + attention.out_proj((weights @ value).transpose(1, 2).reshape(B, n, D))
     return x + layer.linear2(F.gelu(layer.linear1(layer.norm2(x))))
 
 
-def cut(caption: Codes) -> Codes: # of one caption
+def cut(caption: Codes) -> Codes:  # of one caption
     "Without the padding of its words and phrases."
     used = caption.exists[0].nonzero()
     P = int(used[-1]) + 1 if len(used) else 0
     T = int(caption.mask.sum())
-    return Codes(vector=caption.vector, phrases=caption.phrases[:, :P], exists=caption.exists[:, :P],
-                 x=caption.x[:, :T], mask=caption.mask[:, :T], own=caption.own[:, :T, :P])
+    return Codes(
+        vector=caption.vector,
+        phrases=caption.phrases[:, :P],
+        exists=caption.exists[:, :P],
+        x=caption.x[:, :T],
+        mask=caption.mask[:, :T],
+        own=caption.own[:, :T, :P],
+    )
 
 
 def ssamt(matcher: Matcher, images: Codes, captions: Codes) -> Tensor:
@@ -158,16 +188,20 @@ def ssamt(matcher: Matcher, images: Codes, captions: Codes) -> Tensor:
     mu1, mu2 = matcher.config['mu']
     columns = []
     for c in range(len(captions)):
-        t = cut(captions[c:c + 1])[[0] * len(images)]
-        P, T = t.exists.shape[1], t.mask.shape[1]
-        x, sees = matcher.nodes(images, t)                                          # (B, 2 + P + T + R, D)
+        t = cut(captions[c : c + 1])[[0] * len(images)]
+        P = t.exists.shape[1]
+        T = t.mask.shape[1]
+        # (B, 2 + P + T + R, D)
+        x, sees = matcher.nodes(images, t)
         for layer in matcher.inter.layers:
             x = transformer_layer(layer, x, sees)
         x = matcher.inter.norm(x)
-        sentence, units = x[:, :1], x[:, 1:1 + P + T]
-        picture, regions = x[:, 1 + P + T:2 + P + T], x[:, 2 + P + T:]
-        there = torch.cat([t.exists, t.mask], 1)                                    # (B, P + T)
-        whole = F.cosine_similarity(picture, sentence, dim=-1)[:, 0]                # (B,)
+        sentence = x[:, :1]
+        units = x[:, 1 : 1 + P + T]
+        picture = x[:, 1 + P + T : 2 + P + T]
+        regions = x[:, 2 + P + T :]
+        there = torch.cat([t.exists, t.mask], 1)  # (B, P + T)
+        whole = F.cosine_similarity(picture, sentence, dim=-1)[:, 0]  # (B,)
         of_units = F.cosine_similarity(picture, units, dim=-1) * there
         of_regions = F.cosine_similarity(sentence, regions, dim=-1) * images.mask
         local = of_units.sum(1) / there.sum(1) + of_regions.sum(1) / images.mask.sum(1)
@@ -178,41 +212,51 @@ def ssamt(matcher: Matcher, images: Codes, captions: Codes) -> Tensor:
 
 def cmsei(matcher: Matcher, images: Codes, captions: Codes) -> Tensor:
     "Every message and every refined vector formed."
-    def told(x, message, gate): # (B, L, D), (B, L or 1, D) -> (B, L, D)
+
+    def told(x, message, gate):  # (B, L, D), (B, L or 1, D) -> (B, L, D)
         message = F.normalize(message, dim=-1)
         loud = matcher.gate[gate](F.cosine_similarity(x, message, dim=-1))
         return x + loud[..., None] * message
 
     word_temperature = matcher.config['temperature']
     object_temperature = matcher.config['object_temperature']
-    columns, v = [], images.x
-    counts = images.mask.to(v.dtype) / images.mask.sum(1, keepdim=True)             # (B, R)
-    picture = (v * counts[..., None]).sum(1, keepdim=True)                          # (B, 1, D)
+    columns = []
+    v = images.x
+    counts = images.mask.to(v.dtype) / images.mask.sum(1, keepdim=True)  # (B, R)
+    picture = (v * counts[..., None]).sum(1, keepdim=True)  # (B, 1, D)
     for _, t in each_caption(images, captions):
-        over_regions = scan_weights(t, v, images.mask, word_temperature)            # (B, T, R)
-        over_words = scan_weights(v, t, all_there(t), object_temperature)           # (B, R, T)
+        over_regions = scan_weights(t, v, images.mask, word_temperature)  # (B, T, R)
+        over_words = scan_weights(v, t, all_there(t), object_temperature)  # (B, R, T)
         objects = told(v, over_words @ t, 'object')
         words = told(t, over_regions @ v, 'word')
         objects = told(objects, t.mean(1, keepdim=True), 'sentence')
         words = told(words, picture, 'image')
-        by_word = F.cosine_similarity(words, over_regions @ objects, dim=-1)        # (B, T)
-        by_object = F.cosine_similarity(objects, over_words @ words, dim=-1)        # (B, R)
+        by_word = F.cosine_similarity(words, over_regions @ objects, dim=-1)  # (B, T)
+        by_object = F.cosine_similarity(objects, over_words @ words, dim=-1)  # (B, R)
         columns.append((by_word.mean(1) + (by_object * counts).sum(1)) / 2)
     return torch.stack(columns, 1)
 
 
-PLAIN = { # name of a row -> its plain form
-    'vse': vse, 'scan': scan, 'scan both': scan,
-    'camp': camp, 'camp scalar gates': camp, 'camp released': camp_released,
-    'ssamt': ssamt, 'cmsei': cmsei, 'hire': cmsei}
-FORMS = { # name of a row -> model, arguments; all others are models as they are
+PLAIN = {  # name of a row -> its plain form
+    'vse': vse,
+    'scan': scan,
+    'scan both': scan,
+    'camp': camp,
+    'camp scalar gates': camp,
+    'camp released': camp_released,
+    'ssamt': ssamt,
+    'cmsei': cmsei,
+    'hire': cmsei,
+}
+FORMS = {  # name of a row -> model, arguments; all others are models as they are
     'scan both': ('scan', dict(direction='both')),
     'camp scalar gates': ('camp', dict(gate='scalar')),
     'camp released': ('camp', dict(form='released')),
     # for training alone:
     'camp stage 1': ('camp-stage1', {}),
     'ssamt phase 1': ('ssamt-intra', {}),
-    'ssamt phase 2': ('ssamt', {})}
+    'ssamt phase 2': ('ssamt', {}),
+}
 
 
 def form(name: str) -> tuple[str, dict]:

@@ -23,168 +23,287 @@ from .text import Captions, need_transformers, pretrained
 # %% ../nbs/04_encoders.ipynb #encoders-08
 class RegionEncoder(nn.Module):
     "Region features to the joint width: linear, optionally scaled to unit length (SCAN and CAMP, released code)."
-    def __init__(self, *,
-                 region_width: int,  # width of the stored features (2048 for bottom-up features)
-                 width: int,         # joint width D
-                 unit: bool = True): # scale every region to length 1
+
+    def __init__(
+        self,
+        *,
+        region_width: int,  # width of the stored features (2048 for bottom-up features)
+        width: int,  # joint width D
+        unit: bool = True,  # scale every region to length 1
+    ):
         super().__init__()
-        self.unit, self.linear = unit, nn.Linear(region_width, width)
+        self.unit = unit
+        self.linear = nn.Linear(region_width, width)
         nn.init.xavier_uniform_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, regions: Regions) -> Tensor: # (B, R, D), zeros where there is no region
+    def forward(self, regions: Regions) -> Tensor:  # (B, R, D), zeros where there is no region
         v = self.linear(regions.features) * regions.mask[..., None]
         return F.normalize(v, dim=-1) if self.unit else v
 
 # %% ../nbs/04_encoders.ipynb #encoders-12
 class BiGRU(nn.Module):
     "Word numbers to word states: embedding, bidirectional GRU, the two directions averaged (SCAN and CAMP, released code)."
-    architecture = 'bigru' # what `text_encoder` makes it from
-    def __init__(self, *,
-                 words: int,            # size of the vocabulary
-                 width: int,            # joint width D
-                 word_width: int = 300, # width of a word embedding
-                 unit: bool = True):    # scale every word state to length 1
-        super().__init__()
-        self.unit, self.embed = unit, nn.Embedding(words, word_width)
-        self.gru = nn.GRU(word_width, width, batch_first=True, bidirectional=True)
-        nn.init.uniform_(self.embed.weight, -.1, .1)
 
-    def forward(self, captions: Captions) -> Tensor: # (C, T, D), zeros behind each caption's last word
-        packed = pack_padded_sequence(self.embed(captions.tokens), captions.lengths.cpu(), batch_first=True, enforce_sorted=False)
-        states, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=captions.tokens.shape[1])
+    architecture = 'bigru'  # what `text_encoder` makes it from
+
+    def __init__(
+        self,
+        *,
+        words: int,  # size of the vocabulary
+        width: int,  # joint width D
+        word_width: int = 300,  # width of a word embedding
+        unit: bool = True,  # scale every word state to length 1
+    ):
+        super().__init__()
+        self.unit = unit
+        self.embed = nn.Embedding(words, word_width)
+        self.gru = nn.GRU(word_width, width, batch_first=True, bidirectional=True)
+        nn.init.uniform_(self.embed.weight, -0.1, 0.1)
+
+    # (C, T, D), zeros behind each caption's last word
+    def forward(self, captions: Captions) -> Tensor:
+        packed = pack_padded_sequence(
+            self.embed(captions.tokens),
+            captions.lengths.cpu(),
+            batch_first=True,
+            enforce_sorted=False,
+        )
+        states, _ = pad_packed_sequence(
+            self.gru(packed)[0], batch_first=True, total_length=captions.tokens.shape[1]
+        )
         t = sum(states.chunk(2, dim=-1)) / 2
         return F.normalize(t, dim=-1) if self.unit else t
 
 # %% ../nbs/04_encoders.ipynb #encoders-16-d
-NOT_ARCHITECTURE = ('_name_or_path', 'architectures', 'dtype', 'id2label', 'label2id', 'transformers_version') # where it came from, and other tasks
+# where it came from, and other tasks
+NOT_ARCHITECTURE = (
+    '_name_or_path',
+    'architectures',
+    'dtype',
+    'id2label',
+    'label2id',
+    'transformers_version',
+)
 
-def text_model(text: str | dict): # folder or hub name of pretrained weights, or a configuration as dict (`model_type` says whose)
+
+# folder or hub name of pretrained weights, or a configuration as dict (`model_type` says whose)
+def text_model(text: str | dict):
     "A text model of Hugging Face transformers in float32: with its pretrained weights, or with random ones from a configuration."
     transformers, _ = need_transformers()
     if isinstance(text, dict):
-        if text.get('model_type') not in transformers.CONFIG_MAPPING: raise ValueError(f"a text model's configuration has a model_type that transformers knows, not {text.get('model_type')!r}")
-        model, lacking = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**text), trust_remote_code=False, dtype=torch.float32), ()
+        if text.get('model_type') not in transformers.CONFIG_MAPPING:
+            raise ValueError(
+                f"a text model's configuration has a model_type that transformers knows, not {text.get('model_type')!r}"
+            )
+        model = transformers.AutoModel.from_config(
+            transformers.AutoConfig.for_model(**text), trust_remote_code=False, dtype=torch.float32
+        )
+        lacking = ()
     else:
-        model, found = pretrained('AutoModel', text, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
+        model, found = pretrained(
+            'AutoModel', text, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
         lacking = sorted(k for k in found['missing_keys'] if not k.startswith('pooler.'))
-    if lacking: raise ValueError(f'{str(text)!r} lacks {len(lacking)} weights of its own model, {lacking[0]} for one')
-    if model.config.is_encoder_decoder or not hasattr(model.config, 'hidden_size'): raise ValueError(f'{model.config.model_type} is not a text encoder: choose a model such as BERT')
-    if getattr(model, 'pooler', None) is not None: model.pooler = None
+    if lacking:
+        raise ValueError(
+            f'{str(text)!r} lacks {len(lacking)} weights of its own model, {lacking[0]} for one'
+        )
+    if model.config.is_encoder_decoder or not hasattr(model.config, 'hidden_size'):
+        raise ValueError(
+            f'{model.config.model_type} is not a text encoder: choose a model such as BERT'
+        )
+    if getattr(model, 'pooler', None) is not None:
+        model.pooler = None
     return model
 
 # %% ../nbs/04_encoders.ipynb #encoders-16-e
 class TransformerText(nn.Module):
     "Word pieces to states of the joint width: a transformer's last layer and a linear one. `.architecture` rebuilds it without its weights."
-    def __init__(self, *,
-                 text: str | dict,   # see `text_model`
-                 width: int,         # joint width D
-                 unit: bool = True): # scale every state to length 1
+
+    def __init__(
+        self,
+        *,
+        text: str | dict,  # see `text_model`
+        width: int,  # joint width D
+        unit: bool = True,  # scale every state to length 1
+    ):
         super().__init__()
-        self.unit, self.model = unit, text_model(text).train()
+        self.unit = unit
+        self.model = text_model(text).train()
         self.linear = nn.Linear(self.model.config.hidden_size, width)
-        self.architecture = {k: v for k, v in json.loads(self.model.config.to_json_string(use_diff=False)).items() if k not in NOT_ARCHITECTURE}
+        self.architecture = {
+            k: v
+            for k, v in json.loads(self.model.config.to_json_string(use_diff=False)).items()
+            if k not in NOT_ARCHITECTURE
+        }
         nn.init.xavier_uniform_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, captions: Captions) -> Tensor: # (C, T, D), zeros behind each caption's last piece
-        n, most = int(captions.lengths.max()), self.architecture.get('max_position_embeddings')
-        if most and n > most: raise ValueError(f'a caption of {n} pieces, but this text model has positions for {most}')
-        mask = captions.mask[:, :n]                                       # columns that no caption needs cost nothing
-        states = self.model(input_ids=captions.tokens[:, :n], attention_mask=mask.long()).last_hidden_state
+    # (C, T, D), zeros behind each caption's last piece
+    def forward(self, captions: Captions) -> Tensor:
+        n = int(captions.lengths.max())
+        most = self.architecture.get('max_position_embeddings')
+        if most and n > most:
+            raise ValueError(
+                f'a caption of {n} pieces, but this text model has positions for {most}'
+            )
+        # columns that no caption needs cost nothing
+        mask = captions.mask[:, :n]
+        states = self.model(
+            input_ids=captions.tokens[:, :n], attention_mask=mask.long()
+        ).last_hidden_state
         t = F.pad(self.linear(states) * mask[..., None], (0, 0, 0, captions.tokens.shape[1] - n))
         return F.normalize(t, dim=-1) if self.unit else t
 
 # %% ../nbs/04_encoders.ipynb #encoders-16-g
-def text_encoder(*, text: str | dict = 'bigru', # or a pretrained transformer: see `text_model`
-                 words: int,                    # size of the vocabulary, or of the transformer's pieces
-                 width: int,                    # joint width D
-                 word_width: int = 300,         # of the GRU's embedding; a transformer has its own
-                 unit: bool = True) -> BiGRU | TransformerText: # scale every state to length 1
+def text_encoder(
+    *,
+    text: str | dict = 'bigru',  # or a pretrained transformer: see `text_model`
+    # size of the vocabulary, or of the transformer's pieces
+    words: int,
+    width: int,  # joint width D
+    # of the GRU's embedding; a transformer has its own
+    word_width: int = 300,
+    unit: bool = True,
+) -> BiGRU | TransformerText:  # scale every state to length 1
     "The encoder of a system's text side."
-    if text == 'bigru': return BiGRU(words=words, width=width, word_width=word_width, unit=unit)
+    if text == 'bigru':
+        return BiGRU(words=words, width=width, word_width=word_width, unit=unit)
     encoder = TransformerText(text=text, width=width, unit=unit)
-    if words > encoder.architecture['vocab_size']: raise ValueError(f"a vocabulary of {words}, but the text model has vectors for {encoder.architecture['vocab_size']}: its own pieces belong to it")
+    if words > encoder.architecture['vocab_size']:
+        raise ValueError(
+            f"a vocabulary of {words}, but the text model has vectors for {encoder.architecture['vocab_size']}: its own pieces belong to it"
+        )
     return encoder
 
 # %% ../nbs/04_encoders.ipynb #encoders-18
 class Codes(Bundle):
     "What a matcher keeps of a set of images or captions: tensors whose first dimension is the item; `mask` (N, L) where there are positions."
+
     optional = ('mask',)
-    square = ('gram', 'inner') # (N, L, L): both L are positions
-    whole = ('vector', 'phrases', 'exists') # (N, D), or columns that are no words: never cut
+    square = ('gram', 'inner')  # (N, L, L): both L are positions
+    whole = ('vector', 'phrases', 'exists')  # (N, D), or columns that are no words: never cut
 
     def trimmed(self) -> 'Codes':
         "The same codes without the padding at the end that no item needs."
-        if self.mask is None: return self
+        if self.mask is None:
+            return self
         used = self.mask.any(0).nonzero()
-        L, n = self.mask.shape[1], int(used[-1]) + 1 if len(used) else 1
-        cut = lambda name, t: t if name in self.whole or t.ndim < 2 or t.shape[1] != L else t[:, :n, :n] if name in self.square else t[:, :n]
+        L = self.mask.shape[1]
+        n = int(used[-1]) + 1 if len(used) else 1
+        cut = lambda name, t: (
+            t
+            if name in self.whole or t.ndim < 2 or t.shape[1] != L
+            else t[:, :n, :n]
+            if name in self.square
+            else t[:, :n]
+        )
         return Codes(**{name: cut(name, t) for name, t in self.items()})
 
 # %% ../nbs/04_encoders.ipynb #encoders-21
-BLOCK = 8 # pairs of a block whose diagonal `pairs` keeps
+BLOCK = 8  # pairs of a block whose diagonal `pairs` keeps
+
 
 def check_aligned(images: Codes, captions: Codes) -> None:
     "Refuse two sets that cannot be scored one by one."
     if len(images) != len(captions):
-        raise ValueError(f'pairs need as many images as captions, not {len(images)} and {len(captions)}')
+        raise ValueError(
+            f'pairs need as many images as captions, not {len(images)} and {len(captions)}'
+        )
+
 
 class Matcher(nn.Module):
     "The contract of every system: encode each side once, match all pairs, say what a batch costs."
-    needs: tuple[str, ...] = () # files of a data set, beside features and captions, without which it refuses to work
-    memory: int | None = None   # bytes that the scores of a batch may keep for the backward pass: see `match_by_length`
-    first_scores = None         # or a method (images, captions) -> (B, C): a cheap first look, for a matcher whose pairs are expensive
-    mean_loss = False           # whether `loss` is a mean over the items of a batch instead of a sum: see `is_mean` of the training lesson
-    processes = None            # those that share a batch, of the training lesson; None: this one has it whole
-    def __init__(self, arguments: dict): # the constructor's `locals()`
+
+    # files of a data set, beside features and captions, without which it refuses to work
+    needs: tuple[str, ...] = ()
+    # bytes that the scores of a batch may keep for the backward pass: see `match_by_length`
+    memory: int | None = None
+    # or a method (images, captions) -> (B, C): a cheap first look, for a matcher whose pairs are
+    # expensive
+    first_scores = None
+    # whether `loss` is a mean over the items of a batch instead of a sum: see `is_mean` of the
+    # training lesson
+    mean_loss = False
+    # those that share a batch, of the training lesson; None: this one has it whole
+    processes = None
+
+    def __init__(self, arguments: dict):  # the constructor's `locals()`
         super().__init__()
-        self.criterion: Callable | None = None # (scores (B, B), same (B, B)) -> scalar; the losses lesson has two
+        # (scores (B, B), same (B, B)) -> scalar; the losses lesson has two
+        self.criterion: Callable | None = None
         self.config = {k: v for k, v in arguments.items() if k not in ('self', '__class__')}
 
-    def encode_images(self, regions: Regions) -> Codes: raise NotImplementedError
-    def encode_captions(self, captions: Captions) -> Codes: raise NotImplementedError
-    def match(self, images: Codes, captions: Codes) -> Tensor: raise NotImplementedError # (B, C), larger fits better
+    def encode_images(self, regions: Regions) -> Codes:
+        raise NotImplementedError
 
-    def pairs(self, images: Codes, captions: Codes) -> Tensor: # (n,)
+    def encode_captions(self, captions: Captions) -> Codes:
+        raise NotImplementedError
+
+    # (B, C), larger fits better
+    def match(self, images: Codes, captions: Codes) -> Tensor:
+        raise NotImplementedError
+
+    def pairs(self, images: Codes, captions: Codes) -> Tensor:  # (n,)
         "The k-th image with the k-th caption: diagonals of small blocks of `match`, unless a matcher knows better."
         check_aligned(images, captions)
         diagonals = []
         for k in range(0, len(images), BLOCK):
-            tile = self.match(images[k:k + BLOCK], captions[k:k + BLOCK].trimmed())  # (BLOCK, BLOCK)
+            # (BLOCK, BLOCK)
+            tile = self.match(images[k : k + BLOCK], captions[k : k + BLOCK].trimmed())
             diagonals.append(tile.diagonal())
         return torch.cat(diagonals)
 
     def attention(self, images: Codes, captions: Codes) -> Tensor | None:
         "Where each word looked, (B, C, T, R), for pictures of a match; None where the matcher has no such thing."
 
-    def phrase_attention(self, images: Codes, captions: Codes, units: Tensor) -> Tensor | None: # units (C, P, T) of `Captions`
+    # units (C, P, T) of `Captions`
+    def phrase_attention(self, images: Codes, captions: Codes, units: Tensor) -> Tensor | None:
         "Where each phrase looked, (B, C, P, R): the mean over its words, unless a matcher knows better."
         words = self.attention(images, captions)
-        return None if words is None else torch.einsum('cpt,bctr->bcpr', F.normalize(units.to(words.dtype), p=1, dim=-1), words)
+        return (
+            None
+            if words is None
+            else torch.einsum(
+                'cpt,bctr->bcpr', F.normalize(units.to(words.dtype), p=1, dim=-1), words
+            )
+        )
 
-    def whole(self, part, size: int): # of `Codes` or a tensor, this process's share -> all `size` items
+    # of `Codes` or a tensor, this process's share -> all `size` items
+    def whole(self, part, size: int):
         "What each process has computed of a batch, put together; gradients find their way back."
         return part if self.processes is None else self.processes.join(part, size)
 
-    def scores(self, images: Codes, captions: Codes) -> Tensor: # (B, B)
+    def scores(self, images: Codes, captions: Codes) -> Tensor:  # (B, B)
         "All pairs of a batch."
-        return self.whole(match_by_length(self, images, captions, memory=self.memory), len(captions))
+        return self.whole(
+            match_by_length(self, images, captions, memory=self.memory), len(captions)
+        )
 
     def loss(self, images: Codes, captions: Codes, batch) -> dict[str, Tensor]:
         "Losses of a batch whose k-th image and k-th caption belong together; `batch.image` (B,) says which picture each row is."
-        if self.criterion is None: raise ValueError('this matcher has no criterion yet: set matcher.criterion, e.g. Triplet() from imtm_lite.losses')
+        if self.criterion is None:
+            raise ValueError(
+                'this matcher has no criterion yet: set matcher.criterion, e.g. Triplet() from imtm_lite.losses'
+            )
         same = batch.image[:, None] == batch.image
         return {'total': self.criterion(self.scores(images, captions), same)}
 
-    def forward(self, batch) -> dict[str, Tensor]: # encode both sides, then the loss
-        return self.loss(self.encode_images(batch.regions), self.whole(self.encode_captions(batch.captions), len(batch.image)), batch)
+    def forward(self, batch) -> dict[str, Tensor]:  # encode both sides, then the loss
+        return self.loss(
+            self.encode_images(batch.regions),
+            self.whole(self.encode_captions(batch.captions), len(batch.image)),
+            batch,
+        )
 
 # %% ../nbs/04_encoders.ipynb #encoders-22-a
 class KeptBytes(saved_tensors_hooks):
     "Counts the bytes that operations inside the block keep for the backward pass: `.bytes`."
-    def __init__(self, known): # tensors that are there anyway
-        self.bytes, self.seen = 0, {t.untyped_storage().data_ptr() for t in known}
+
+    def __init__(self, known):  # tensors that are there anyway
+        self.bytes = 0
+        self.seen = {t.untyped_storage().data_ptr() for t in known}
         super().__init__(self.pack, self.unpack)
 
     def __enter__(self):
@@ -193,48 +312,78 @@ class KeptBytes(saved_tensors_hooks):
 
     def pack(self, t: Tensor):
         storage = t.untyped_storage()
-        if storage.data_ptr() not in self.seen: self.bytes += storage.nbytes(); self.seen.add(storage.data_ptr())
+        if storage.data_ptr() not in self.seen:
+            self.bytes += storage.nbytes()
+            self.seen.add(storage.data_ptr())
         return t, t._version
 
     @staticmethod
     def unpack(kept) -> Tensor:
-        if kept[0]._version != kept[1]: raise RuntimeError(f'a tensor of shape {tuple(kept[0].shape)} was changed in place after it had been kept for the backward pass')
+        if kept[0]._version != kept[1]:
+            raise RuntimeError(
+                f'a tensor of shape {tuple(kept[0].shape)} was changed in place after it had been kept for the backward pass'
+            )
         return kept[0]
 
 # %% ../nbs/04_encoders.ipynb #encoders-23
-def match_by_length(matcher: Matcher,
-                    images: Codes,              # of B images
-                    captions: Codes,            # of C captions
-                    *, size: int = 16,          # captions of a tile; twice as many images
-                    memory: int | None = None,  # bytes that tiles may keep for the backward pass, the last one on top; None: 2 GiB on a CPU, 8 GiB on a GPU
-                   ) -> Tensor: # (B, C)
+def match_by_length(
+    matcher: Matcher,
+    images: Codes,  # of B images
+    captions: Codes,  # of C captions
+    *,
+    size: int = 16,  # captions of a tile; twice as many images
+    # bytes that tiles may keep for the backward pass, the last one on top; None:
+    # 2 GiB on a CPU, 8 GiB on a GPU
+    memory: int | None = None,
+) -> Tensor:  # (B, C)
     "`match` in tiles: captions of similar length, without their padding. What the budget cannot keep is computed again in the backward pass."
-    if captions.mask is None: return matcher.match(images, captions)
+    if captions.mask is None:
+        return matcher.match(images, captions)
     order = captions.mask.sum(1).argsort()
     blocks = [captions[some].trimmed() for some in order.split(size)]
     memory = memory if memory is not None else 2**31 if order.device.type == 'cpu' else 2**33
-    kept = KeptBytes([*matcher.parameters(), *(t for codes in (images, *blocks) for _, t in codes.items())])
+    kept = KeptBytes(
+        [*matcher.parameters(), *(t for codes in (images, *blocks) for _, t in codes.items())]
+    )
+
     def tile(v, t):
-        if kept.bytes >= memory: return checkpoint(matcher.match, v, t, use_reentrant=False)
-        with kept: return matcher.match(v, t)
-    rows = [torch.cat([tile(images[b:b + 2 * size], t) for t in blocks], 1) for b in range(0, len(images), 2 * size)]
+        if kept.bytes >= memory:
+            return checkpoint(matcher.match, v, t, use_reentrant=False)
+        with kept:
+            return matcher.match(v, t)
+
+    rows = [
+        torch.cat([tile(images[b : b + 2 * size], t) for t in blocks], 1)
+        for b in range(0, len(images), 2 * size)
+    ]
     return torch.cat(rows)[:, order.argsort()]
 
 # %% ../nbs/04_encoders.ipynb #encoders-25
-def masked_mean(x: Tensor,    # (N, L, D), anything where masked out
-                mask: Tensor, # (N, L) True where x counts
-               ) -> Tensor:   # (N, D)
+def masked_mean(
+    x: Tensor,  # (N, L, D), anything where masked out
+    mask: Tensor,  # (N, L) True where x counts
+) -> Tensor:  # (N, D)
     "Mean over the positions that exist."
     return (x * mask[..., None]).sum(-2) / mask.sum(-1, keepdim=True).clamp(min=1)
 
 # %% ../nbs/04_encoders.ipynb #encoders-26
 class VSE(Matcher):
     "Mean-pooled joint embedding, after VSE++ (Faghri et al. 2018): the baseline. Cosine scores in [-1, 1]."
-    def __init__(self, *, region_width: int, words: int, width: int = 1024, word_width: int = 300,
-                 text: str | dict = 'bigru'): # see `text_encoder`
+
+    def __init__(
+        self,
+        *,
+        region_width: int,
+        words: int,
+        width: int = 1024,
+        word_width: int = 300,
+        text: str | dict = 'bigru',  # see `text_encoder`
+    ):
         super().__init__(locals())
         self.regions = RegionEncoder(region_width=region_width, width=width, unit=False)
-        self.words = text_encoder(text=text, words=words, width=width, word_width=word_width, unit=False)
+        self.words = text_encoder(
+            text=text, words=words, width=width, word_width=word_width, unit=False
+        )
         self.config['text'] = self.words.architecture
 
     def encode_images(self, regions: Regions) -> Codes:
@@ -243,5 +392,5 @@ class VSE(Matcher):
     def encode_captions(self, captions: Captions) -> Codes:
         return Codes(vector=F.normalize(masked_mean(self.words(captions), captions.mask), dim=-1))
 
-    def match(self, images: Codes, captions: Codes) -> Tensor: # (B, C)
+    def match(self, images: Codes, captions: Codes) -> Tensor:  # (B, C)
         return images.vector @ captions.vector.T

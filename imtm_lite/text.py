@@ -6,8 +6,9 @@
 __all__ = ['PAD', 'START', 'END', 'UNK', 'SPECIALS', 'tokenize', 'count_tokens', 'torchtext_vocab', 'Vocab', 'need_transformers',
            'pretrained', 'Pieces', 'vocabulary', 'Captions', 'phrase_tokens']
 
-# %% ../nbs/02_text.ipynb #text-03
-import json, re
+# %% ../nbs/02_text.ipynb #text-imports
+import json
+import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -21,8 +22,10 @@ from .regions import Bundle
 # %% ../nbs/02_text.ipynb #text-09
 _TOKEN = re.compile(r"\w+(?:'\w+)*|[^\w\s]")
 
-def tokenize(caption: str, # one sentence
-            ) -> list[str]: # lower-case words (inner apostrophes stay) and single punctuation marks
+
+def tokenize(
+    caption: str,  # one sentence
+) -> list[str]:  # lower-case words (inner apostrophes stay) and single punctuation marks
     "Cut a caption into tokens. Every white-space word gives at least one token, and no token crosses white space."
     return _TOKEN.findall(caption.lower().replace('’', "'"))
 
@@ -30,53 +33,86 @@ def tokenize(caption: str, # one sentence
 PAD, START, END, UNK = range(4)
 SPECIALS = ('<pad>', '<start>', '<end>', '<unk>')
 
-def count_tokens(captions: Iterable[str], # sentences
-                ) -> Counter: # how often each token was seen
+
+def count_tokens(
+    captions: Iterable[str],  # sentences
+) -> Counter:  # how often each token was seen
     "Count the tokens of all captions."
     return Counter(t for caption in captions for t in tokenize(caption))
 
 # %% ../nbs/02_text.ipynb #text-21
-def torchtext_vocab(captions: Iterable[str], # sentences of the training split
-                    min_freq: int = 4,       # rarer words become <unk>
-                   ): # a `torchtext.vocab.Vocab` with our four special tokens first
+def torchtext_vocab(
+    captions: Iterable[str],  # sentences of the training split
+    min_freq: int = 4,  # rarer words become <unk>
+):  # a `torchtext.vocab.Vocab` with our four special tokens first
     "The same vocabulary as `Vocab.build`, made by torchtext 0.6.0. Imported here and nowhere else."
     from importlib import metadata
-    try: found = metadata.version('torchtext')
-    except metadata.PackageNotFoundError: found = 'none'
-    if found != '0.6.0': # later releases are compiled for one torch and fail on import beside another
-        raise ImportError(f'torchtext_vocab needs torchtext 0.6.0, found {found}: '
-                          'pip install torchtext==0.6.0 (Vocab.build does the same without it)')
+
+    try:
+        found = metadata.version('torchtext')
+    except metadata.PackageNotFoundError:
+        found = 'none'
+    # later releases are compiled for one torch and fail on import beside another
+    if found != '0.6.0':
+        raise ImportError(
+            f'torchtext_vocab needs torchtext 0.6.0, found {found}: '
+            'pip install torchtext==0.6.0 (Vocab.build does the same without it)'
+        )
     from torchtext.vocab import Vocab as TorchtextVocab
+
     return TorchtextVocab(count_tokens(captions), min_freq=min_freq, specials=list(SPECIALS))
 
 # %% ../nbs/02_text.ipynb #text-25
 class Vocab:
     "Words and their ids: 0 <pad>, 1 <start>, 2 <end>, 3 <unk>, then the words, most frequent first."
-    def __init__(self, words: Sequence[str]): # id -> word; the four special tokens are put in front when they are not there
+
+    # id -> word; the four special tokens are put in front when they are not there
+    def __init__(self, words: Sequence[str]):
         words = list(words)
         self.words = words if tuple(words[:4]) == SPECIALS else [*SPECIALS, *words]
-        self._id, self.parser = {w: i for i, w in enumerate(self.words)}, None # a parser cuts captions into phrases: see `Captions`
+        # a parser cuts captions into phrases: see `Captions`
+        self._id = {w: i for i, w in enumerate(self.words)}
+        self.parser = None
         twice = [w for w, n in Counter(self.words).items() if n > 1]
-        if twice: raise ValueError(f'a vocabulary holds each word once, but {twice[0]!r} stands in it twice')
+        if twice:
+            raise ValueError(
+                f'a vocabulary holds each word once, but {twice[0]!r} stands in it twice'
+            )
 
-    def __len__(self): return len(self.words)
-    def __contains__(self, word): return word in self._id
-    def __getitem__(self, word): return self._id.get(word, UNK)
-    def __eq__(self, other): return isinstance(other, Vocab) and self.words == other.words
-    def __hash__(self): return hash(tuple(self.words))
-    def __repr__(self): return f'Vocab of {len(self)} words'
+    def __len__(self):
+        return len(self.words)
+
+    def __contains__(self, word):
+        return word in self._id
+
+    def __getitem__(self, word):
+        return self._id.get(word, UNK)
+
+    def __eq__(self, other):
+        return isinstance(other, Vocab) and self.words == other.words
+
+    def __hash__(self):
+        return hash(tuple(self.words))
+
+    def __repr__(self):
+        return f'Vocab of {len(self)} words'
 
     @classmethod
-    def build(cls,
-              captions: Iterable[str], # sentences of the training split, and of no other
-              min_freq: int = 4,       # rarer words become <unk>
-             ):
+    def build(
+        cls,
+        captions: Iterable[str],  # sentences of the training split, and of no other
+        min_freq: int = 4,  # rarer words become <unk>
+    ):
         "Frequency first, then the alphabet: torchtext 0.6.0's order."
         counts = count_tokens(captions)
-        return cls(sorted((w for w in counts if counts[w] >= min_freq), key=lambda w: (-counts[w], w)))
+        return cls(
+            sorted((w for w in counts if counts[w] >= min_freq), key=lambda w: (-counts[w], w))
+        )
 
     @property
-    def stored(self) -> list[str]: return self.words # what a checkpoint keeps; `vocabulary` makes a Vocab of it again
+    # what a checkpoint keeps; `vocabulary` makes a Vocab of it again
+    def stored(self) -> list[str]:
+        return self.words
 
     def tokens(self, caption: str, max_words: int = 47) -> list[str]:
         "What stands between <start> and <end> when a caption is encoded, id by id."
@@ -94,61 +130,108 @@ class Vocab:
         "Ids back to words, without padding, <start> and <end>."
         return ' '.join(self.words[int(i)] for i in ids if int(i) not in (PAD, START, END))
 
-    def to_json(self) -> str: return json.dumps(self.words, ensure_ascii=False)
+    def to_json(self) -> str:
+        return json.dumps(self.words, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str):
         "The vocabulary that `to_json` wrote; anything else is refused."
         words = json.loads(text)
-        if not isinstance(words, list) or tuple(words[:4]) != SPECIALS or not all(isinstance(w, str) for w in words):
-            raise ValueError(f'not a vocabulary: expected a JSON list of words that starts with {", ".join(SPECIALS)}')
+        if (
+            not isinstance(words, list)
+            or tuple(words[:4]) != SPECIALS
+            or not all(isinstance(w, str) for w in words)
+        ):
+            raise ValueError(
+                f'not a vocabulary: expected a JSON list of words that starts with {", ".join(SPECIALS)}'
+            )
         return cls(words)
 
 # %% ../nbs/02_text.ipynb #text-32-f
 def need_transformers():
     "The packages transformers and tokenizers, or one line that says how to get them."
-    try: import tokenizers, transformers
-    except ImportError as fault: raise ImportError(f'a pretrained text model needs transformers: pip install imtm_lite[transformers] ({fault})') from None
+    try:
+        import tokenizers
+        import transformers
+    except ImportError as fault:
+        raise ImportError(
+            f'a pretrained text model needs transformers: pip install imtm_lite[transformers] ({fault})'
+        ) from None
     return transformers, tokenizers
 
-def pretrained(kind: str, # a class of transformers: 'AutoTokenizer' or 'AutoModel'
-               name: str, # a folder, or a name on the Hugging Face hub
-               **how):    # more arguments of its `from_pretrained`
+
+def pretrained(
+    kind: str,  # a class of transformers: 'AutoTokenizer' or 'AutoModel'
+    name: str,  # a folder, or a name on the Hugging Face hub
+    **how,  # more arguments of its `from_pretrained`
+):
     "Something of a pretrained text model. No code of its folder is run; what fails is one line."
     auto = getattr(need_transformers()[0], kind)
-    try: return auto.from_pretrained(str(name), trust_remote_code=False, **how)
+    try:
+        return auto.from_pretrained(str(name), trust_remote_code=False, **how)
     except (OSError, ValueError, SafetensorError) as fault:
-        raise ValueError(f'{str(name)!r} gives no {kind[4:].lower()}: expected a folder with config.json, model.safetensors and tokenizer.json, '
-                         f'or a name on the hub ({" ".join(str(fault).split())[:200]})') from None
+        raise ValueError(
+            f'{str(name)!r} gives no {kind[4:].lower()}: expected a folder with config.json, model.safetensors and tokenizer.json, '
+            f'or a name on the hub ({" ".join(str(fault).split())[:200]})'
+        ) from None
 
 # %% ../nbs/02_text.ipynb #text-32-g
 class Pieces:
     "The word pieces of a pretrained text model, with the methods of `Vocab`. Kept as the JSON that makes its tokenizer."
-    def __init__(self, stored: str): # text of a tokenizer.json
+
+    def __init__(self, stored: str):  # text of a tokenizer.json
         Tokenizer = need_transformers()[1].Tokenizer
-        try: t = Tokenizer.from_str(stored)
-        except Exception as fault: raise ValueError(f'not the text of a tokenizer.json: {" ".join(str(fault).split())[:100]}') from None # it raises nothing narrower
-        t.no_truncation(); t.no_padding() # a file may cut and pad by itself
-        t.encode_special_tokens = True    # "[SEP]" in a caption is text
+        try:
+            t = Tokenizer.from_str(stored)
+        # it raises nothing narrower
+        except Exception as fault:
+            raise ValueError(
+                f'not the text of a tokenizer.json: {" ".join(str(fault).split())[:100]}'
+            ) from None
+        t.no_truncation()
+        t.no_padding()  # a file may cut and pad by itself
+        t.encode_special_tokens = True  # "[SEP]" in a caption is text
         frame = t.encode('a').special_tokens_mask
         if sum(frame) != 2 or not (frame[0] and frame[-1]):
-            raise ValueError(f'a tokenizer with one special token before a sentence and one behind it is needed (as BERT has), this one gives {t.encode("a").tokens}')
-        self.tokenizer, self.stored, self.parser = t, t.to_str(), None
+            raise ValueError(
+                f'a tokenizer with one special token before a sentence and one behind it is needed (as BERT has), this one gives {t.encode("a").tokens}'
+            )
+        self.tokenizer = t
+        self.stored = t.to_str()
+        self.parser = None
         model = json.loads(self.stored)['model']
-        self.unk = t.token_to_id(model['unk_token']) if model.get('unk_token') else model.get('unk_id') # None: nothing is unknown
-        self._silent = {i for i, a in t.get_added_tokens_decoder().items() if a.special and i != self.unk}
+        # None: nothing is unknown
+        self.unk = (
+            t.token_to_id(model['unk_token']) if model.get('unk_token') else model.get('unk_id')
+        )
+        self._silent = {
+            i for i, a in t.get_added_tokens_decoder().items() if a.special and i != self.unk
+        }
 
-    def __len__(self): return self.tokenizer.get_vocab_size()
-    def __contains__(self, word): return self.unk not in self.tokenizer.encode(word, add_special_tokens=False).ids # it can be written
-    def __eq__(self, other): return isinstance(other, Pieces) and self.stored == other.stored
-    def __hash__(self): return hash(self.stored)
-    def __repr__(self): return f'Pieces: {len(self)}'
+    def __len__(self):
+        return self.tokenizer.get_vocab_size()
+
+    # it can be written
+    def __contains__(self, word):
+        return self.unk not in self.tokenizer.encode(word, add_special_tokens=False).ids
+
+    def __eq__(self, other):
+        return isinstance(other, Pieces) and self.stored == other.stored
+
+    def __hash__(self):
+        return hash(self.stored)
+
+    def __repr__(self):
+        return f'Pieces: {len(self)}'
 
     @classmethod
-    def pretrained(cls, name: str): # a folder, or a name on the Hugging Face hub
+    def pretrained(cls, name: str):  # a folder, or a name on the Hugging Face hub
         "The pieces of a pretrained model."
         t = pretrained('AutoTokenizer', name)
-        if not t.is_fast: raise ValueError(f'{str(name)!r}: its tokenizer has no tokenizer.json; choose a model that has one')
+        if not t.is_fast:
+            raise ValueError(
+                f'{str(name)!r}: its tokenizer has no tokenizer.json; choose a model that has one'
+            )
         return cls(t.backend_tokenizer.to_str())
 
     def tokens(self, caption: str, max_words: int = 47) -> list[str]:
@@ -158,7 +241,11 @@ class Pieces:
     def word_of(self, caption: str) -> list[int]:
         "For every piece, uncut: which white-space word of the caption it comes from."
         starts = [m.start() for m in re.finditer(r'\S+', caption)]
-        return [max(0, bisect_right(starts, max(a, b - 1)) - 1) for a, b in self.tokenizer.encode(caption).offsets[1:-1]] # by its end: some pieces begin with the space
+        # by its end: some pieces begin with the space
+        return [
+            max(0, bisect_right(starts, max(a, b - 1)) - 1)
+            for a, b in self.tokenizer.encode(caption).offsets[1:-1]
+        ]
 
     def encode(self, caption: str, max_words: int = 47) -> list[int]:
         "A caption as ids, framed by the model's own special tokens; pieces after `max_words` are cut."
@@ -167,60 +254,86 @@ class Pieces:
 
     def decode(self, ids: Iterable[int]) -> str:
         "Ids back to words, without special tokens."
-        return self.tokenizer.decode([int(i) for i in ids if int(i) not in self._silent], skip_special_tokens=False)
+        return self.tokenizer.decode(
+            [int(i) for i in ids if int(i) not in self._silent], skip_special_tokens=False
+        )
 
 # %% ../nbs/02_text.ipynb #text-32-g-b
-def vocabulary(stored: list[str] | str): # what `stored` of a `Vocab` or of `Pieces` gave
+def vocabulary(stored: list[str] | str):  # what `stored` of a `Vocab` or of `Pieces` gave
     "The vocabulary that a checkpoint keeps."
     return Pieces(stored) if isinstance(stored, str) else Vocab(stored)
 
 # %% ../nbs/02_text.ipynb #text-35
 class Captions(Bundle):
     "C captions as token ids; cells beyond a caption's length are <pad> and must not change any result."
-    optional, padding = ('units', 'kinds'), {'kinds': -1}
-    def __init__(self, *,
-                 tokens: Tensor,  # (C, T) int64, padded with 0
-                 lengths: Tensor, # (C,) int64, <start> and <end> counted
-                 units: Tensor | None = None, # (C, P, T) bool: the tokens of each phrase; a row without any is padding
-                 kinds: Tensor | None = None, # (C, P) int64: 0 entity, 1 triple, -1 padding
-                ):
+
+    optional = ('units', 'kinds')
+    padding = {'kinds': -1}
+
+    def __init__(
+        self,
+        *,
+        tokens: Tensor,  # (C, T) int64, padded with 0
+        lengths: Tensor,  # (C,) int64, <start> and <end> counted
+        # (C, P, T) bool: the tokens of each phrase; a row without any is padding
+        units: Tensor | None = None,
+        kinds: Tensor | None = None,  # (C, P) int64: 0 entity, 1 triple, -1 padding
+    ):
         super().__init__(tokens=tokens, lengths=lengths, units=units, kinds=kinds)
 
     @property
-    def mask(self) -> Tensor: # (C, T) bool, True = a real token
+    def mask(self) -> Tensor:  # (C, T) bool, True = a real token
         return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.lengths[:, None]
 
     @classmethod
-    def from_ids(cls,
-                 ids: Sequence[Sequence[int]], # one list per caption
-                 *, pad_to: int = 0,           # at least this many columns
-                ):
+    def from_ids(
+        cls,
+        ids: Sequence[Sequence[int]],  # one list per caption
+        *,
+        pad_to: int = 0,  # at least this many columns
+    ):
         "Pad id lists to the longest."
         lengths = torch.tensor([len(i) for i in ids], dtype=torch.long)
         tokens = torch.zeros(len(ids), max(pad_to, *map(len, ids), 0), dtype=torch.long)
-        for row, i in zip(tokens, ids): row[:len(i)] = torch.tensor(i)
+        for row, i in zip(tokens, ids):
+            row[: len(i)] = torch.tensor(i)
         return cls(tokens=tokens, lengths=lengths)
 
     @classmethod
     def from_text(cls, captions: Sequence[str], vocab: Vocab, *, max_words: int = 47):
         "Tokenize, look up, pad; with phrases, where the vocabulary has a parser."
         out = cls.from_ids([vocab.encode(c, max_words) for c in captions])
-        return out if vocab.parser is None else out.with_units([phrase_tokens(c, vocab, max_words) for c in captions])
+        return (
+            out
+            if vocab.parser is None
+            else out.with_units([phrase_tokens(c, vocab, max_words) for c in captions])
+        )
 
-    def with_units(self, phrases: Sequence[Sequence[tuple[int, list[int]]]]) -> 'Captions': # of each caption, from `phrase_tokens`
+    # of each caption, from `phrase_tokens`
+    def with_units(self, phrases: Sequence[Sequence[tuple[int, list[int]]]]) -> 'Captions':
         "The same captions, with phrases."
         P = max([1, *map(len, phrases)])
-        units, kinds = torch.zeros(len(self), P, self.tokens.shape[1], dtype=torch.bool), torch.full((len(self), P), -1)
+        units = torch.zeros(len(self), P, self.tokens.shape[1], dtype=torch.bool)
+        kinds = torch.full((len(self), P), -1)
         for c, some in enumerate(phrases):
             for p, (kind, columns) in enumerate(some):
-                if columns: units[c, p, columns], kinds[c, p] = True, kind
+                if columns:
+                    units[c, p, columns], kinds[c, p] = True, kind
         return Captions(tokens=self.tokens, lengths=self.lengths, units=units, kinds=kinds)
 
 # %% ../nbs/02_text.ipynb #text-34-b
-def phrase_tokens(caption: str,
-                  vocab,           # a `Vocab` or `Pieces` with a parser
-                  max_words: int = 47,
-                 ) -> list[tuple[int, list[int]]]: # kind and token columns (<start> is column 0) of each phrase; none where the cut took all its words
+def phrase_tokens(
+    caption: str,
+    vocab,  # a `Vocab` or `Pieces` with a parser
+    max_words: int = 47,
+) -> list[
+    tuple[int, list[int]]
+    # kind and token columns (<start> is column 0) of each phrase; none where the cut took all its
+    # words
+]:
     "The phrases of a caption in columns of `Captions.tokens`."
     word_of = vocab.word_of(caption)[:max_words]
-    return [(kind, [1 + t for t, w in enumerate(word_of) if w in words]) for kind, words in vocab.parser(caption).units]
+    return [
+        (kind, [1 + t for t, w in enumerate(word_of) if w in words])
+        for kind, words in vocab.parser(caption).units
+    ]

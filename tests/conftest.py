@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from imtm_lite.data import write_world
+from imtm_lite.world.write import write_world
 
 
 def pytest_configure(config):

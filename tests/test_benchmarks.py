@@ -1,17 +1,18 @@
 "The plain forms that the benchmarks time give the library's scores, and its gradients; the benchmarks run."
+
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from tests.test_matchers import make, ragged
 
 from benchmarks import bench, gpu, memory
 from benchmarks.bench import PlainLoader
 from benchmarks.plain import PLAIN, form
 from imtm_lite.data import Split, batches, plan
 from imtm_lite.text import Vocab
+from tests.test_matchers import make, ragged
 
 
 @pytest.mark.parametrize('dtype,tolerance', [(torch.float32, 1e-5), (torch.float64, 1e-10)])
@@ -19,10 +20,14 @@ from imtm_lite.text import Vocab
 def test_plain_and_fast_agree_with_gradients(name, dtype, tolerance):
     torch.manual_seed(1)
     matcher, (regions, captions) = make(*form(name), dtype), ragged(dtype)
-    images, sentences = matcher.encode_images(regions), matcher.encode_captions(captions)
-    fast, plain = matcher.match(images, sentences), PLAIN[name](matcher, images, sentences)
+    images = matcher.encode_images(regions)
+    sentences = matcher.encode_captions(captions)
+    fast = matcher.match(images, sentences)
+    plain = PLAIN[name](matcher, images, sentences)
     torch.testing.assert_close(plain, fast, atol=tolerance, rtol=0)
-    weight, learned, gradients = torch.randn_like(fast), list(matcher.parameters()), []
+    weight = torch.randn_like(fast)
+    learned = list(matcher.parameters())
+    gradients = []
     for scores in (plain, fast):
         total = (scores * weight).sum()
         gradients.append(torch.autograd.grad(total, learned, retain_graph=True, allow_unused=True))
@@ -46,13 +51,18 @@ def test_counted_is_what_the_formulas_say():
     "At one length, so that no padding counts; what is counted is never below the least."
     regions, captions = bench.items(4, 40)
     one_length = captions[captions.lengths == 14][:4]
-    B, R, T, P, D = 4, 36, 14, 3, 32
+    B = 4
+    R = 36
+    T = 14
+    P = 3
+    D = 32
     short = dict(T=T, P=P, R=R, D=D)
     for name in PLAIN:
         matcher = bench.build(name, D)
-        v, t = matcher.encode_images(regions), matcher.encode_captions(one_length).trimmed()
+        v = matcher.encode_images(regions)
+        t = matcher.encode_captions(one_length).trimmed()
         counted = bench.madds(lambda: matcher.match(v, t)) / (B * len(t))
-        assert counted >= .99 * bench.least(name, **short), name
+        assert counted >= 0.99 * bench.least(name, **short), name
         assert bench.least_of(name, v, t) == bench.least(name, **short), name
         if name == 'vse':
             assert counted == D
@@ -60,9 +70,9 @@ def test_counted_is_what_the_formulas_say():
             assert counted == R * T * D + T * R * R
         if name == 'ssamt':
             n = 2 + P + T + R
-            assert counted == pytest.approx(16 * n * D * D + 4 * n * n * D + n * D, rel=.01)
-            alone = bench.madds(lambda: matcher.pairs(v[:len(t)], t)) / len(t)
-            assert alone == pytest.approx(counted, rel=.01)
+            assert counted == pytest.approx(16 * n * D * D + 4 * n * n * D + n * D, rel=0.01)
+            alone = bench.madds(lambda: matcher.pairs(v[: len(t)], t)) / len(t)
+            assert alone == pytest.approx(counted, rel=0.01)
 
 
 def test_fused_layers_are_back_after_counting():
@@ -88,8 +98,11 @@ def test_a_part_has_lengths_like_the_whole():
 def test_plain_and_fast_loader_give_the_same_batches(world):
     split = Split(world, 'train')
     vocab = Vocab.build(split.captions)
-    order, plain = dict(size=32, seed=0, epoch=0, per_image=1), PlainLoader(split, vocab)
-    for rows, b in zip(plan(split, **order), batches(split, vocab, **order, workers=2), strict=True):
+    order = dict(size=32, seed=0, epoch=0, per_image=1)
+    plain = PlainLoader(split, vocab)
+    for rows, b in zip(
+        plan(split, **order), batches(split, vocab, **order, workers=2), strict=True
+    ):
         by_length = b.captions.lengths.argsort(descending=True, stable=True)
         images, tokens, lengths = plain.batch(rows)
         assert images.equal(b.regions.features[by_length])
@@ -111,8 +124,19 @@ def test_dry_run_leaves_a_table_and_a_file(tmp_path):
     scoring = [r for r in rows if r['what'] == 'scoring']
     both = {(m, f) for m in PLAIN for f in ('fast', 'plain')}
     assert {(r['model'], r['form']) for r in scoring} == both | {('ssamt', 'pairs')}
-    figures = {'what', 'model', 'form', 'shape', 'per_s', 'ratio_to_plain', 'peak_share', 'peak_mb',
-               'timed_pairs', 'madds_a_pair', 'least_a_pair'}
+    figures = {
+        'what',
+        'model',
+        'form',
+        'shape',
+        'per_s',
+        'ratio_to_plain',
+        'peak_share',
+        'peak_mb',
+        'timed_pairs',
+        'madds_a_pair',
+        'least_a_pair',
+    }
     assert all(figures <= r.keys() and r['per_s'] > 0 for r in scoring)
     assert [r['model'] for r in rows if r['what'] == 'cost'] == ['cmsei', 'hire']
     assert said.count('times scan both') == 2
@@ -127,34 +151,53 @@ def test_dry_run_of_the_gpu_benchmark(tmp_path):
     scoring = [r for r in record['rows'] if r['what'] == 'scoring']
     both = {(m, f) for m in PLAIN for f in ('float32', 'bfloat16')}
     assert {(r['model'], r['form']) for r in scoring} == both
-    assert all(r['largest_difference'] < (1e-5 if r['form'] == 'float32' else .3) for r in scoring)
+    assert all(r['largest_difference'] < (1e-5 if r['form'] == 'float32' else 0.3) for r in scoring)
     train = [r for r in record['rows'] if r['what'] == 'training']
     assert [r['model'] for r in train] == [name for name in gpu.SCHEDULES for _ in range(2)]
     assert all(r['steps'] == 2 and r['peak_share'] > 0 for r in train)
     assert all(r['projected_hours'] > 0 for r in train if r['model'].startswith('camp'))
     for exact, rough in zip(train[::2], train[1::2]):
-        assert rough['first_loss'] == pytest.approx(exact['first_loss'], rel=.1)
+        assert rough['first_loss'] == pytest.approx(exact['first_loss'], rel=0.1)
     assert said.count('\n') == 2 + len(record['rows'])
 
 
 def test_hours_of_schedules(monkeypatch):
     pairs = 10 * gpu.F30K
     stages = [
-        dict(model='camp', size=128, epochs=10, per_image=1),                     # one caption a picture
-        dict(model='camp', size=256, epochs=10, per_image=1),                     # twice as dear an item
-        dict(model='camp-stage1', size=128, epochs=99)]
+        # one caption a picture
+        dict(model='camp', size=128, epochs=10, per_image=1),
+        # twice as dear an item
+        dict(model='camp', size=256, epochs=10, per_image=1),
+        dict(model='camp-stage1', size=128, epochs=99),
+    ]
     monkeypatch.setitem(gpu.RECIPES, 'camp', {'f30k': stages})
-    assert gpu.hours('camp', a_step=2., size=128) == round(3 * pairs / 128 * 2 / 3600, 2)
-    assert gpu.hours('camp released', a_step=2., size=128) is None                # no such preset
+    assert gpu.hours('camp', a_step=2.0, size=128) == round(3 * pairs / 128 * 2 / 3600, 2)
+    assert gpu.hours('camp released', a_step=2.0, size=128) is None  # no such preset
     counted = [dict(model='ssamt', instances=8000, updates=1000, accumulate=4)]
     monkeypatch.setitem(gpu.RECIPES, 'ssamt', {'f30k': counted})
-    assert gpu.hours('ssamt phase 1', a_step=2., size=128) is None
-    assert gpu.hours('ssamt phase 2', a_step=2., size=128) == round(8000 / 50 * 4000 / 128 * 2 / 3600, 2)
+    assert gpu.hours('ssamt phase 1', a_step=2.0, size=128) is None
+    assert gpu.hours('ssamt phase 2', a_step=2.0, size=128) == round(
+        8000 / 50 * 4000 / 128 * 2 / 3600, 2
+    )
 
 
 def test_what_tiles_keep_is_what_a_step_needs(capsys):
-    memory.main(['--batch', '40', '--width', '32', '--region-width', '16', '--keep', '0', '1',
-                 '--form', 'camp', 'camp released'])
+    memory.main(
+        [
+            '--batch',
+            '40',
+            '--width',
+            '32',
+            '--region-width',
+            '16',
+            '--keep',
+            '0',
+            '1',
+            '--form',
+            'camp',
+            'camp released',
+        ]
+    )
     lines = capsys.readouterr().out.splitlines()[1:]
     peaks = [int(line.split('peak ')[1].split(' MiB')[0].replace(',', '')) for line in lines]
     assert 2 * peaks[0] < peaks[1] and 2 * peaks[2] < peaks[3]

@@ -12,10 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from imtm_lite import experiments
-from imtm_lite.cli import main
+from imtm_lite.checkpoints import build, load
 from imtm_lite.data import Split
-from imtm_lite.experiments import (
+from imtm_lite.files import SettingError, shipped
+from imtm_lite.phrases import named_parser
+from imtm_lite.recall import evaluate
+from imtm_lite.recipes import arguments_for
+from imtm_lite.results import figure, made_by, read_experiment, table
+from imtm_lite.runs import Log
+from imtm_lite.scoring import probe_accuracy, split_scores
+from imtm_lite.text import Vocab
+from imtm_lite.workshop import experiments
+from imtm_lite.workshop.cli import main
+from imtm_lite.workshop.experiments import (
     CANDIDATES,
     DATA,
     EXPERIMENTS,
@@ -44,23 +53,18 @@ from imtm_lite.experiments import (
     training_view,
     write_view,
 )
-from imtm_lite.phrases import named_parser
-from imtm_lite.recall import evaluate
-from imtm_lite.results import figure, made_by, read_experiment, table
-from imtm_lite.text import Vocab
-from imtm_lite.train import Log, SettingError, arguments_for, build, load, probe_accuracy, split_scores
 
 ROOT = Path(__file__).parent.parent
 TINY = '''
-from imtm_lite import experiments
-from imtm_lite.experiments import Experiment, Row
+from imtm_lite.workshop import experiments
+from imtm_lite.workshop.experiments import Experiment, Row
 experiments.EXPERIMENTS['tiny'] = Experiment(
     'tiny', 'Does the runner run?', on='a tiny world', data='world', split='test', passes={passes},
     seeds=(0, 1), sizes=dict(train=40, dev=10, test=10), measures=('recall', 'probes', 'grounding'),
     arguments=dict(width=8, word_width=8), settings=dict(size={size}, min_freq=2),
     rows=(Row('vse', 'vse'), Row('scan', 'scan', dict(direction='i2t'))))
 '''
-PROGRAM = '\nfrom imtm_lite.cli import main\nmain()\n'
+PROGRAM = '\nfrom imtm_lite.workshop.cli import main\nmain()\n'
 
 
 def command(place: Path, *words, passes: int = 1, size: int = 20) -> list[str]:
@@ -100,17 +104,22 @@ def declare(experiment: Experiment):
 def test_declared_rows_are_distinct_have_equal_passes_and_can_be_built(experiment):
     names = [row.name for row in experiment.rows]
     assert len(set(names)) == len(names) and not any(',' in name for name in names)
-    assert experiment.data in DATA and set(experiment.measures) <= set(MEASURES) and experiment.seeds
+    assert (
+        experiment.data in DATA and set(experiment.measures) <= set(MEASURES) and experiment.seeds
+    )
     prints = [fingerprint(experiment, row) for row in experiment.rows]
     assert len(set(prints)) == len(prints), 'two rows train the same'
-    small = dict(region_width=8, words=8, predicates=2, width=8, word_width=8, heads=2, feedforward=16)
+    small = dict(
+        region_width=8, words=8, predicates=2, width=8, word_width=8, heads=2, feedforward=16
+    )
     for row in experiment.rows if experiment.passes else ():
         stages = stages_of(experiment, row)
         assert (
             sum(stage['epochs'] for stage in stages) == experiment.passes
             and stages[-1]['model'] == row.system
         )
-        steps = [stage for stage in stages if stage.get('schedule') != 'linear']       # a linear rate has no decays
+        # a linear rate has no decays
+        steps = [stage for stage in stages if stage.get('schedule') != 'linear']
         assert all(max(stage.get('decay_at', (0,))) < stage['epochs'] for stage in steps), row.name
         for stage in stages:
             build(stage['model'], stage['arguments'] | arguments_for(stage['model'], small))
@@ -118,7 +127,8 @@ def test_declared_rows_are_distinct_have_equal_passes_and_can_be_built(experimen
 
 def test_unequal_passes_and_unknown_arguments_are_refused(tiny):
     long = replace(
-        tiny, rows=(Row('camp', 'camp', stages=(dict(model='camp-stage1', epochs=1), dict(epochs=1))),)
+        tiny,
+        rows=(Row('camp', 'camp', stages=(dict(model='camp-stage1', epochs=1), dict(epochs=1))),),
     )
     with pytest.raises(SettingError, match='camp: 2 passes, but all rows have 1'):
         stages_of(long, long.rows[0])
@@ -135,10 +145,16 @@ def test_a_fingerprint_knows_what_changes_the_training_and_nothing_else(tiny):
     for name in ('name', 'about', 'on'):
         assert fingerprint(replace(tiny, **{name: 'other'}), replace(row, name='another')) == same
     assert (
-        fingerprint(replace(tiny, measures=('recall',), split='dev', data='next world', seeds=(7,)), row)
+        fingerprint(
+            replace(tiny, measures=('recall',), split='dev', data='next world', seeds=(7,)), row
+        )
         == same
     )
-    other = [replace(row, part=0.5), replace(row, settings=dict(lr=1.0)), replace(row, arguments={})]
+    other = [
+        replace(row, part=0.5),
+        replace(row, settings=dict(lr=1.0)),
+        replace(row, arguments={}),
+    ]
     changed = [
         replace(tiny, dev=0.5),
         replace(tiny, sizes=dict(train=20, dev=10, test=10)),
@@ -171,7 +187,8 @@ def test_experiments_that_ask_for_the_same_training_share_it():
 
 
 def test_a_tiny_experiment_runs_is_skipped_when_done_and_makes_its_table(tiny, tmp_path):
-    how, said = dict(out=tmp_path / 'out', results=tmp_path / 'results', device='cpu'), []
+    how = dict(out=tmp_path / 'out', results=tmp_path / 'results', device='cpu')
+    said = []
     record = run_experiment('tiny', tell=said.append, library='here', **how)
     assert [(row['name'], row['seed']) for row in record['rows']] == [
         ('vse', 0),
@@ -188,14 +205,16 @@ def test_a_tiny_experiment_runs_is_skipped_when_done_and_makes_its_table(tiny, t
     for made in record['rows']:
         check_row(made)
         row = next(r for r in tiny.rows if r.name == made['name'])
-        folder, test = (
-            run_folder(tiny, row, made['seed'], place),
-            Split(tmp_path / f"out/worlds/world{made['seed']}-40-10-10", 'test'),
-        )
+        folder = run_folder(tiny, row, made['seed'], place)
+        test = Split(tmp_path / f"out/worlds/world{made['seed']}-40-10-10", 'test')
         matcher = load(folder)
-        found = evaluate(split_scores(matcher, test, matcher.vocab), torch.from_numpy(test.caption_image))
+        found = evaluate(
+            split_scores(matcher, test, matcher.vocab), torch.from_numpy(test.caption_image)
+        )
         assert (
-            made['i2t'] == list(found.i2t) and made['t2i'] == list(found.t2i) and made['rsum'] == found.rsum
+            made['i2t'] == list(found.i2t)
+            and made['t2i'] == list(found.t2i)
+            and made['rsum'] == found.rsum
         )
         assert (
             made['dev']
@@ -203,11 +222,11 @@ def test_a_tiny_experiment_runs_is_skipped_when_done_and_makes_its_table(tiny, t
             and len(made['dev']) == 1
         )
         accuracy = probe_accuracy(matcher, test, matcher.vocab)
-        assert {k: v for k, v in made['probes'].items() if k != 'chasing'} == pytest.approx(accuracy)
+        assert {k: v for k, v in made['probes'].items() if k != 'chasing'} == pytest.approx(
+            accuracy
+        )
         assert (
-            made['seconds'] > 0
-            and made['library'] == 'here'
-            and made['data'] == test.fingerprint()
+            made['seconds'] > 0 and made['library'] == 'here' and made['data'] == test.fingerprint()
         )
         health = [line['health'] for line in Log(folder / 'log.jsonl').lines() if 'health' in line]
         assert made['health'] == health[-1] and health[-1]
@@ -227,18 +246,25 @@ def test_a_tiny_experiment_runs_is_skipped_when_done_and_makes_its_table(tiny, t
         and f'{sum(rsums) / 2:.1f} ± {abs(rsums[0] - rsums[1]) / 2:.1f}' in lines[3]
         and lines[3].startswith('| scan | 2 |')
     )
-    assert 'imtm experiment tiny' in made_by(record) and 'seeds 0, 1; library here' in made_by(record)
+    assert 'imtm experiment tiny' in made_by(record) and 'seeds 0, 1; library here' in made_by(
+        record
+    )
 
 
 def test_a_changed_row_is_done_again_and_the_others_stay(tiny, tmp_path):
     how = dict(
-        out=tmp_path / 'out', results=tmp_path / 'results', device='cpu', seeds=[0], tell=lambda line: None
+        out=tmp_path / 'out',
+        results=tmp_path / 'results',
+        device='cpu',
+        seeds=[0],
+        tell=lambda line: None,
     )
     before = run_experiment('tiny', **how)
     declare(replace(tiny, rows=(tiny.rows[0], Row('scan', 'scan', dict(direction='t2i')))))
     place = Place(tmp_path / 'out', tmp_path / 'results')
     states = [
-        state(experiments.EXPERIMENTS['tiny'], row, 0, place) for row in experiments.EXPERIMENTS['tiny'].rows
+        state(experiments.EXPERIMENTS['tiny'], row, 0, place)
+        for row in experiments.EXPERIMENTS['tiny'].rows
     ]
     assert states == ['done', 'changed']
     after = run_experiment('tiny', **how)
@@ -251,17 +277,30 @@ def test_a_changed_row_is_done_again_and_the_others_stay(tiny, tmp_path):
         replace(experiments.EXPERIMENTS['tiny'], measures=('recall',))
     )  # measured anew, and not trained anew
     stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*.safetensors')}
-    assert 'probes' in before['rows'][0] and run_experiment('tiny', **how)['rows'][0]['probes'] is None
+    assert (
+        'probes' in before['rows'][0] and run_experiment('tiny', **how)['rows'][0]['probes'] is None
+    )
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*.safetensors')} == stamps
 
 
 def test_again_forgets_the_run_of_the_row_and_of_no_other(tiny, tmp_path):
-    how = dict(out=tmp_path / 'out', results=tmp_path / 'results', device='cpu', seeds=[0], tell=lambda line: None)
+    how = dict(
+        out=tmp_path / 'out',
+        results=tmp_path / 'results',
+        device='cpu',
+        seeds=[0],
+        tell=lambda line: None,
+    )
     before = run_experiment('tiny', **how)
     stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('best.safetensors')}
     after = run_experiment('tiny', rows=['vse'], again=True, library='newer', **how)
-    assert [row['library'] == 'newer' for row in after['rows']] == [True, False] and len(after['rows']) == 2
-    assert after['rows'][0]['rsum'] == before['rows'][0]['rsum'] and after['rows'][1] == before['rows'][1]
+    assert [row['library'] == 'newer' for row in after['rows']] == [True, False] and len(
+        after['rows']
+    ) == 2
+    assert (
+        after['rows'][0]['rsum'] == before['rows'][0]['rsum']
+        and after['rows'][1] == before['rows'][1]
+    )
     changed = [p for p, stamp in stamps.items() if p.stat().st_mtime_ns != stamp]
     assert len(changed) == 1 and 'vse-' in str(changed[0])
 
@@ -270,19 +309,26 @@ def test_a_row_that_fails_does_not_stop_the_others(tiny, tmp_path):
     declare(replace(tiny, rows=(Row('bad', 'scan', dict(direction='up')), tiny.rows[0])))
     said = []
     with pytest.raises(SettingError, match='tiny: 1 failed: bad, seed 0'):
-        run_experiment('tiny', out=tmp_path, results=tmp_path, seeds=[0], device='cpu', tell=said.append)
+        run_experiment(
+            'tiny', out=tmp_path, results=tmp_path, seeds=[0], device='cpu', tell=said.append
+        )
     assert "bad, seed 0: FAILED: scan: direction is" in said[0]
     assert [row['name'] for row in read_experiment(tmp_path, 'tiny')['rows']] == ['vse']
 
 
 def test_stages_follow_each_other_and_their_curves_are_one(tiny, tmp_path):
     stages = dict(model='camp-stage1', epochs=2), dict(epochs=1, criterion='bce')
-    declare(replace(tiny, passes=3, rows=(Row('camp', 'camp', dict(form='released'), stages=stages),)))
+    declare(
+        replace(tiny, passes=3, rows=(Row('camp', 'camp', dict(form='released'), stages=stages),))
+    )
     [made] = run_experiment(
         'tiny', out=tmp_path, results=tmp_path, seeds=[0], device='cpu', tell=lambda line: None
     )['rows']
     run = run_folder(
-        experiments.EXPERIMENTS['tiny'], experiments.EXPERIMENTS['tiny'].rows[0], 0, Place(tmp_path, tmp_path)
+        experiments.EXPERIMENTS['tiny'],
+        experiments.EXPERIMENTS['tiny'].rows[0],
+        0,
+        Place(tmp_path, tmp_path),
     )
     first, last = (
         [line['dev']['rsum'] for line in Log(folder / 'log.jsonl').lines() if 'dev' in line]
@@ -317,7 +363,10 @@ def test_a_killed_run_goes_on_to_the_same_figures(tmp_path):
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    assert list(tmp_path.rglob('last.safetensors')) and not (tmp_path / 'cut/results/tiny.json').exists()
+    assert (
+        list(tmp_path.rglob('last.safetensors'))
+        and not (tmp_path / 'cut/results/tiny.json').exists()
+    )
     assert 'scan                         0 begun' in run(tmp_path / 'cut', '--list', **how).stdout
     rows = []
     for name in ('cut', 'whole'):
@@ -325,7 +374,10 @@ def test_a_killed_run_goes_on_to_the_same_figures(tmp_path):
         assert out.returncode == 0, out.stderr
         rows += read_experiment(tmp_path / name / 'results', 'tiny')['rows']
     same = [
-        {key: row[key] for key in ('i2t', 't2i', 'rsum', 'dev', 'probes', 'grounding', 'fingerprint')}
+        {
+            key: row[key]
+            for key in ('i2t', 't2i', 'rsum', 'dev', 'probes', 'grounding', 'fingerprint')
+        }
         for row in rows
     ]
     assert same[0] == same[1] and len(rows[0]['dev']) == 3
@@ -334,7 +386,10 @@ def test_a_killed_run_goes_on_to_the_same_figures(tmp_path):
 def test_two_processes_share_an_experiment(tmp_path):
     both = [
         subprocess.Popen(
-            command(tmp_path, passes=2, size=4), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command(tmp_path, passes=2, size=4),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for _ in range(2)
     ]
@@ -344,16 +399,20 @@ def test_two_processes_share_an_experiment(tmp_path):
     record = read_experiment(tmp_path / 'results', 'tiny')
     assert len(record['rows']) == 4 and all(len(row['dev']) == 2 for row in record['rows'])
     logs = list(tmp_path.rglob('log.jsonl'))
-    assert len(logs) == 4 and all(sum('dev' in line for line in Log(log).lines()) == 2 for log in logs)
+    assert len(logs) == 4 and all(
+        sum('dev' in line for line in Log(log).lines()) == 2 for log in logs
+    )
 
 
 def test_a_claim_ends_with_its_process(tiny, tmp_path):
-    place, row = Place(tmp_path / 'out', tmp_path / 'results'), tiny.rows[0]
-    claim, mark = claim_of(run_folder(tiny, row, 0, place)), tmp_path / 'mark'
+    place = Place(tmp_path / 'out', tmp_path / 'results')
+    row = tiny.rows[0]
+    claim = claim_of(run_folder(tiny, row, 0, place))
+    mark = tmp_path / 'mark'
     code = f'''
 import time
 from pathlib import Path
-from imtm_lite.experiments import locked
+from imtm_lite.workshop.experiments import locked
 with locked(Path({str(claim)!r})):
     Path({str(mark)!r}).touch()
     time.sleep(600)
@@ -387,7 +446,13 @@ with locked(Path({str(claim)!r})):
         holder.wait()
     assert not is_held(claim) and state(tiny, row, 0, place) == 'to do'
     run_experiment(
-        'tiny', rows=['vse'], seeds=[0], out=place.out, results=place.results, device='cpu', tell=said.append
+        'tiny',
+        rows=['vse'],
+        seeds=[0],
+        out=place.out,
+        results=place.results,
+        device='cpu',
+        tell=said.append,
     )
     assert state(tiny, row, 0, place) == 'done'
 
@@ -406,7 +471,9 @@ for seed in range(int(sys.argv[1]), int(sys.argv[1]) + 10):
     )
     writers = [subprocess.Popen([sys.executable, '-c', code, str(first)]) for first in (0, 10)]
     assert [writer.wait() for writer in writers] == [0, 0]
-    assert [row['seed'] for row in read_experiment(place.results, 'tiny')['rows']] == list(range(20))
+    assert [row['seed'] for row in read_experiment(place.results, 'tiny')['rows']] == list(
+        range(20)
+    )
     keep(tiny, dict(name='vse', seed=3, rsum=1.0), place)
     assert len(read_experiment(place.results, 'tiny')['rows']) == 20
 
@@ -442,7 +509,8 @@ def test_views_hold_the_chosen_pictures(world, tmp_path):
     chosen = dict(train=drawn(80, 0.25, seed=1), dev=every(24, 0.2))
     write_view(world, tmp_path / 'view', chosen)
     for name, rows in chosen.items():
-        whole, some = Split(world, name), Split(tmp_path / 'view', name)
+        whole = Split(world, name)
+        some = Split(tmp_path / 'view', name)
         assert some.n_images == len(rows) and some.ids == [whole.ids[row] for row in rows]
         assert some.classes == whole.classes and some.predicates == whole.predicates
         for k, row in enumerate(rows):
@@ -474,9 +542,12 @@ def test_shares_are_nested_and_belong_to_the_seed():
 
 def test_a_row_trains_on_its_share_and_dev_is_whole_in_the_end(tiny, tmp_path):
     declare(replace(tiny, dev=0.5, rows=(Row('half', 'vse', part=0.5), Row('all', 'vse'))))
-    how = dict(seeds=[0], out=tmp_path, results=tmp_path, device='cpu', tell=lambda line: None, split='dev')
+    how = dict(
+        seeds=[0], out=tmp_path, results=tmp_path, device='cpu', tell=lambda line: None, split='dev'
+    )
     record = run_experiment('tiny', **how)
-    experiment, place = experiments.find_experiment('tiny', 'dev'), Place(tmp_path, tmp_path)
+    experiment = experiments.find_experiment('tiny', 'dev')
+    place = Place(tmp_path, tmp_path)
     data = tmp_path / 'worlds/world0-40-10-10'
     sizes = []
     for row in experiment.rows:
@@ -497,10 +568,13 @@ def graphs(path: Path, n: int) -> Path:
     with open(path, 'w', encoding='utf-8') as file:
         for i in range(n):
             corners = rng.uniform(0, 50, (4, 2))
-            boxes = np.concatenate([corners, corners + rng.uniform(5, 50, (4, 2))], 1).round(1).tolist()
+            boxes = (
+                np.concatenate([corners, corners + rng.uniform(5, 50, (4, 2))], 1).round(1).tolist()
+            )
             labels = [str(x) for x in rng.choice(['man', 'dog', 'hat', 'tree'], 4)]
             captions = [
-                dict(text=f'A {label} is here .', triples=[[label, 'near', 'tree']]) for label in labels
+                dict(text=f'A {label} is here .', triples=[[label, 'near', 'tree']])
+                for label in labels
             ]
             file.write(
                 json.dumps(
@@ -593,7 +667,7 @@ def test_parsers_are_compared_on_annotated_captions(tiny, world, tmp_path):
 
 @pytest.fixture(scope='module')
 def hire(world, tmp_path_factory):
-    from imtm_lite.train import train
+    from imtm_lite.runs import train
 
     out = tmp_path_factory.mktemp('hire')
     train(
@@ -615,7 +689,8 @@ def test_a_corrupted_graph_is_the_same_for_recall_and_probes(world, hire):
     test = Split(world, 'test')
     assert measure_recall(hire, corrupted(test, 0.0, 0), 0) == measure_recall(hire, test, 0)
     wrong = corrupted(test, 0.8, 0)
-    first, second = wrong.regions(range(24)), wrong.regions(range(24))
+    first = wrong.regions(range(24))
+    second = wrong.regions(range(24))
     assert torch.equal(first.triples, second.triples) and not torch.equal(
         first.triples, test.regions(range(24)).triples
     )
@@ -627,7 +702,9 @@ def test_a_corrupted_graph_is_the_same_for_recall_and_probes(world, hire):
         and found['0.0']['rsum'] == measure_recall(hire, test, 0)['rsum']
     )
     counts = probe_counts(hire, test)
-    assert {k: 100 * right / asked for k, (right, asked) in counts.items()} == found['0.0']['probes']
+    assert {k: 100 * right / asked for k, (right, asked) in counts.items()} == found['0.0'][
+        'probes'
+    ]
     assert counts['chasing'][1] <= counts['who-does-what'][1]
 
 
@@ -640,7 +717,9 @@ def test_scales_and_blame_are_of_ssamt_alone(world, hire):
     words.parser = named_parser('chunker')
     matcher.vocab = words
     found = MEASURES['scales'](matcher, test, 0)['scales']
-    assert set(found) == {'global', 'local', 'phrase'} and all(0 <= x <= 100 for way in found.values() for x in way)
+    assert set(found) == {'global', 'local', 'phrase'} and all(
+        0 <= x <= 100 for way in found.values() for x in way
+    )
 
 
 def test_first_look_is_measured_for_both_stages(world, hire):
@@ -666,7 +745,13 @@ def one_line(capsys, monkeypatch, *words) -> str:
 def test_bad_input_is_one_line_before_anything_is_written(world, tmp_path, capsys, monkeypatch):
     def refused(*words):
         return one_line(
-            capsys, monkeypatch, *words, '--out', tmp_path / 'out', '--results', tmp_path / 'results'
+            capsys,
+            monkeypatch,
+            *words,
+            '--out',
+            tmp_path / 'out',
+            '--results',
+            tmp_path / 'results',
         )
 
     assert all(name in refused('flicker') for name in EXPERIMENTS)
@@ -674,9 +759,9 @@ def test_bad_input_is_one_line_before_anything_is_written(world, tmp_path, capsy
     assert "no row 'clip'" in refused('world', '--rows', 'clip', '--list') and 'no row' in refused(
         'world', '--rows', 'clip', '--table'
     )
-    assert 'seeds are whole numbers' in refused('world', '--seeds', 'a') and 'a seed is 0 or more' in refused(
-        'world', '--seeds=-1'
-    )
+    assert 'seeds are whole numbers' in refused(
+        'world', '--seeds', 'a'
+    ) and 'a seed is 0 or more' in refused('world', '--seeds=-1')
     assert 'flickr8k needs data: imtm experiment flickr8k --data DIR' in refused('flickr8k')
     assert 'there is no such folder' in refused('flickr8k', '--data', tmp_path / 'nowhere')
     assert 'there is no such file' in refused('symbolic', '--data', tmp_path / 'nowhere')
@@ -710,18 +795,28 @@ def test_figures_of_other_data_are_not_mixed(tiny, world, tmp_path):
         )
     )
     record = run_experiment(
-        'flickr8k', data=world, out=tmp_path / 'out', results=tmp_path, device='cpu', tell=lambda line: None
+        'flickr8k',
+        data=world,
+        out=tmp_path / 'out',
+        results=tmp_path,
+        device='cpu',
+        tell=lambda line: None,
     )
     assert record['rows'][0]['data'] == Split(world, 'dev').fingerprint()
-    sample = ROOT / 'data/sample'
-    with pytest.raises(SettingError, match='has figures of other data than .*keep them apart with --results'):
-        run_experiment('flickr8k', data=sample, out=tmp_path / 'out', results=tmp_path, device='cpu')
+    sample = shipped('sample')
+    with pytest.raises(
+        SettingError, match='has figures of other data than .*keep them apart with --results'
+    ):
+        run_experiment(
+            'flickr8k', data=sample, out=tmp_path / 'out', results=tmp_path, device='cpu'
+        )
 
 
 def test_the_command_lists_experiments_rows_and_tables(tmp_path):
     out = run(tmp_path, '--list')
     assert (
-        out.returncode == 0 and out.stdout.split('\n')[0] == 'vse                          0 to do, 1 to do'
+        out.returncode == 0
+        and out.stdout.split('\n')[0] == 'vse                          0 to do, 1 to do'
     )
     assert 'no row is done yet' in run(tmp_path, '--table').stdout
     out = run(tmp_path, '--rows', 'vse', '--seeds', '0')
@@ -743,7 +838,11 @@ def check_row(made: dict):
     assert set(FIELDS) <= set(made), set(FIELDS) - set(made)
     for key in ('name', 'system', 'split', 'library'):
         assert isinstance(made[key], str), key
-    assert isinstance(made['arguments'], dict) and type(made['seed']) is int and type(made['passes']) is int
+    assert (
+        isinstance(made['arguments'], dict)
+        and type(made['seed']) is int
+        and type(made['passes']) is int
+    )
     for way in ('i2t', 't2i'):
         assert (
             made[way] is None
@@ -772,4 +871,6 @@ def test_every_record_has_the_schema(path):
     for made in record['rows']:
         check_row(made)
     pairs = [(made['name'], made['seed']) for made in record['rows']]
-    assert len(set(pairs)) == len(pairs) and table(record).count('\n') == 1 + len({name for name, _ in pairs})
+    assert len(set(pairs)) == len(pairs) and table(record).count('\n') == 1 + len(
+        {name for name, _ in pairs}
+    )

@@ -1,5 +1,12 @@
 "The house rules: the library is what the notebooks export, notebooks are clean, imports are few, README is the index."
-import ast, filecmp, json, re, shutil, subprocess, sys
+
+import ast
+import filecmp
+import json
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,24 +19,44 @@ NOTEBOOKS = sorted((ROOT / 'nbs').glob('*.ipynb'))
 def copy(tmp_path_factory):
     "The project's sources, to be exported and cleaned without touching them."
     root = tmp_path_factory.mktemp('copy')
-    for name in ('nbs', 'imtm_lite'): shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
-    for name in ('settings.ini', 'setup.py'): shutil.copy(ROOT / name, root)
+    for name in ('nbs', 'imtm_lite'):
+        shutil.copytree(
+            ROOT / name,
+            root / name,
+            ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'),
+        )
+    for name in ('settings.ini', 'setup.py'):
+        shutil.copy(ROOT / name, root)
     return root
 
 
 def test_the_library_is_what_the_notebooks_export(copy):
     for path in (copy / 'imtm_lite').rglob('*.py'):
-        if path.name != '__init__.py': path.unlink()
-    subprocess.run([sys.executable, '-c', 'import nbdev; nbdev.nbdev_export()'], cwd=copy, check=True, env=dict(__import__('os').environ, PYTHONPATH=str(copy)))
-    ours, theirs = ({p.relative_to(r): p for p in (r / 'imtm_lite').rglob('*.py')} for r in (ROOT, copy))
+        if path.name != '__init__.py':
+            path.unlink()
+    subprocess.run(
+        [sys.executable, '-c', 'import nbdev; nbdev.nbdev_export()'],
+        cwd=copy,
+        check=True,
+        env=dict(__import__('os').environ, PYTHONPATH=str(copy)),
+    )
+    ours, theirs = (
+        {p.relative_to(r): p for p in (r / 'imtm_lite').rglob('*.py')} for r in (ROOT, copy)
+    )
     assert ours.keys() == theirs.keys()
-    assert [str(n) for n in ours if not filecmp.cmp(ours[n], theirs[n], shallow=False)] == [], 'run nbdev_export'
+    assert [str(n) for n in ours if not filecmp.cmp(ours[n], theirs[n], shallow=False)] == [], (
+        'run nbdev_export'
+    )
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebooks_are_clean(path, copy):
     there = copy / 'nbs' / path.name
-    subprocess.run([sys.executable, '-c', f'from nbdev.clean import nbdev_clean; nbdev_clean({str(there)!r})'], cwd=copy, check=True)
+    subprocess.run(
+        [sys.executable, '-c', f'from nbdev.clean import nbdev_clean; nbdev_clean({str(there)!r})'],
+        cwd=copy,
+        check=True,
+    )
     assert there.read_bytes() == path.read_bytes(), 'run nbdev_clean'
 
 
@@ -49,7 +76,8 @@ def floors():
     found = {}
     for path in NOTEBOOKS:
         name = re.search(r'#\| default_exp ([\w.]+)', path.read_text())
-        if name: found[name[1]] = int(path.stem[:2])
+        if name:
+            found[name[1]] = int(path.stem[:2])
     return found
 
 
@@ -57,9 +85,14 @@ def test_modules_import_only_earlier_lessons():
     number = floors()
     for name, floor in number.items():
         tree = ast.parse((ROOT / 'imtm_lite' / f"{name.replace('.', '/')}.py").read_text())
-        package = name.split('.')[:-1]                                    # a relative import of level 1 starts here
-        inside = ['.'.join((package[:len(package) + 1 - n.level] if n.level else []) + [n.module or '']) for n in ast.walk(tree)
-                  if isinstance(n, ast.ImportFrom) and (n.level or (n.module or '').startswith('imtm_lite'))]
+        # a relative import of level 1 starts here
+        package = name.split('.')[:-1]
+        inside = [
+            '.'.join((package[: len(package) + 1 - n.level] if n.level else []) + [n.module or ''])
+            for n in ast.walk(tree)
+            if isinstance(n, ast.ImportFrom)
+            and (n.level or (n.module or '').startswith('imtm_lite'))
+        ]
         for module in inside:
             module = module.removeprefix('imtm_lite').strip('.')
             assert module == '' or number[module] < floor, f'{name} imports {module}'
@@ -78,7 +111,7 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 import imtm_lite
 for m in pkgutil.walk_packages(imtm_lite.__path__, 'imtm_lite.'): importlib.import_module(m.name)
-from imtm_lite.train import train
+from imtm_lite.runs import train
 train('scan', {str(world)!r}, {str(tmp_path / 'run')!r}, arguments=dict(width=8, word_width=8), epochs=1, size=40, per_image=1, progress=False, device='cpu')
 from imtm_lite.text import torchtext_vocab
 try: torchtext_vocab(['a dog'])
@@ -90,20 +123,37 @@ except ImportError as fault: print('one line:', str(fault).count('\\n') == 0)
 
 
 def test_exported_modules_name_no_other_packages():
-    allowed = set(ALLOWED.split()) | {'imtm_lite', 'rich', 'PIL', 'torchtext', 'transformers', 'tokenizers', 'spacy'} | set(sys.stdlib_module_names)    # rich comes with typer, Pillow with matplotlib; the last four are optional and imported late
+    # rich comes with typer, Pillow with matplotlib; the last four are optional and imported late
+    allowed = (
+        set(ALLOWED.split())
+        | {'imtm_lite', 'rich', 'PIL', 'torchtext', 'transformers', 'tokenizers', 'spacy'}
+        | set(sys.stdlib_module_names)
+    )
     for path in (ROOT / 'imtm_lite').rglob('*.py'):
-        if path.name == '_modidx.py': continue
+        if path.name == '_modidx.py':
+            continue
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
-            for name in names: assert name.split('.')[0] in allowed, f'{path.name} imports {name}'
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module]
+                if isinstance(node, ast.ImportFrom) and not node.level
+                else []
+            )
+            for name in names:
+                assert name.split('.')[0] in allowed, f'{path.name} imports {name}'
 
 
 def test_readme_is_the_index():
     from tools.readme import readme
-    assert (ROOT / 'README.md').read_text(encoding='utf-8') == readme(ROOT / 'nbs/index.ipynb'), 'run make readme'
+
+    assert (ROOT / 'README.md').read_text(encoding='utf-8') == readme(ROOT / 'nbs/index.ipynb'), (
+        'run make readme'
+    )
 
 
 def test_readme_links_exist():
     text = (ROOT / 'README.md').read_text(encoding='utf-8')
     for link in re.findall(r'\]\(([^)#]+)\)', text):
-        if not link.startswith('http'): assert (ROOT / link).exists(), link
+        if not link.startswith('http'):
+            assert (ROOT / link).exists(), link

@@ -1,4 +1,5 @@
 "Losses and ranks against slow loops on random input."
+
 import math
 
 import pytest
@@ -15,28 +16,50 @@ def wrong(same, i, transpose=False):
 
 
 @settings(max_examples=60, deadline=None)
-@given(size=st.integers(1, 9), pictures=st.integers(1, 9), seed=st.integers(0, 10**6), hardest=st.booleans(), margin=st.floats(0, 1))
+@given(
+    size=st.integers(1, 9),
+    pictures=st.integers(1, 9),
+    seed=st.integers(0, 10**6),
+    hardest=st.booleans(),
+    margin=st.floats(0, 1),
+)
 def test_triplet_equals_loops(size, pictures, seed, hardest, margin):
     g = torch.Generator().manual_seed(seed)
-    s, image = torch.rand(size, size, dtype=torch.float64, generator=g), torch.randint(pictures, (size,), generator=g)
+    s = torch.rand(size, size, dtype=torch.float64, generator=g)
+    image = torch.randint(pictures, (size,), generator=g)
     same = image[:, None] == image
-    pick = (lambda x: max(x, default=0.)) if hardest else sum
-    plain = sum(pick([max(0., margin + float(s[i, j] - s[i, i])) for j in wrong(same, i)])
-                + pick([max(0., margin + float(s[j, i] - s[i, i])) for j in wrong(same, i, True)]) for i in range(size))
-    assert float(Triplet(margin=margin, hardest=hardest)(s, same)) == pytest.approx(plain, abs=1e-10)
+    pick = (lambda x: max(x, default=0.0)) if hardest else sum
+    plain = sum(
+        pick([max(0.0, margin + float(s[i, j] - s[i, i])) for j in wrong(same, i)])
+        + pick([max(0.0, margin + float(s[j, i] - s[i, i])) for j in wrong(same, i, True)])
+        for i in range(size)
+    )
+    assert float(Triplet(margin=margin, hardest=hardest)(s, same)) == pytest.approx(
+        plain, abs=1e-10
+    )
 
 
 @settings(max_examples=60, deadline=None)
 @given(size=st.integers(1, 9), pictures=st.integers(1, 9), seed=st.integers(0, 10**6))
 def test_bce_equals_loops(size, pictures, seed):
     g = torch.Generator().manual_seed(seed)
-    m, image = torch.rand(size, size, dtype=torch.float64, generator=g), torch.randint(pictures, (size,), generator=g)
-    m[0, 0] = 0.                                                            # clamped, not infinite
-    same, c = image[:, None] == image, m.clamp(1e-6, 1 - 1e-6)
-    plain = sum(-2 * math.log(c[i, i]) + max([-math.log(1 - c[i, j]) for j in wrong(same, i)], default=0.)
-                + max([-math.log(1 - c[j, i]) for j in wrong(same, i, True)], default=0.) for i in range(size))
+    m = torch.rand(size, size, dtype=torch.float64, generator=g)
+    image = torch.randint(pictures, (size,), generator=g)
+    # clamped, not infinite
+    m[0, 0] = 0.0
+    same = image[:, None] == image
+    c = m.clamp(1e-6, 1 - 1e-6)
+    plain = sum(
+        -2 * math.log(c[i, i])
+        + max([-math.log(1 - c[i, j]) for j in wrong(same, i)], default=0.0)
+        + max([-math.log(1 - c[j, i]) for j in wrong(same, i, True)], default=0.0)
+        for i in range(size)
+    )
     assert float(HardestBCE()(m, same)) == pytest.approx(plain, abs=1e-9)
-    every = -sum(math.log(c[i, i]) for i in range(size)) / size - sum(math.log(1 - c[i, j]) for i in range(size) for j in wrong(same, i)) / size**2
+    every = (
+        -sum(math.log(c[i, i]) for i in range(size)) / size
+        - sum(math.log(1 - c[i, j]) for i in range(size) for j in wrong(same, i)) / size**2
+    )
     assert float(HardestBCE(hardest=False)(m, same)) == pytest.approx(every, abs=1e-9)
 
 
@@ -49,10 +72,10 @@ def test_pairs_of_one_picture_are_never_pushed_apart(criterion):
     assert not s.grad[same & ~torch.eye(6, dtype=torch.bool)].any()
 
 
-@pytest.mark.parametrize('criterion,reported', [(HardestBCE(), 177.4), (Triplet(margin=.2), 25.6)])
+@pytest.mark.parametrize('criterion,reported', [(HardestBCE(), 177.4), (Triplet(margin=0.2), 25.6)])
 def test_collapse_values_are_those_reported_for_a_batch_of_64(criterion, reported):
     same = torch.eye(64, dtype=torch.bool)
-    equal = criterion(torch.full((64, 64), .5, dtype=torch.float64), same)
+    equal = criterion(torch.full((64, 64), 0.5, dtype=torch.float64), same)
     assert round(float(equal), 1) == reported
     assert criterion.collapse(64) == pytest.approx(float(equal))
     assert collapsed([float(equal) / 64] * 50, criterion)
@@ -61,10 +84,17 @@ def test_collapse_values_are_those_reported_for_a_batch_of_64(criterion, reporte
 
 
 @settings(max_examples=80, deadline=None)
-@given(images=st.integers(1, 12), seed=st.integers(0, 10**6), rows=st.integers(1, 15), levels=st.integers(1, 20))
+@given(
+    images=st.integers(1, 12),
+    seed=st.integers(0, 10**6),
+    rows=st.integers(1, 15),
+    levels=st.integers(1, 20),
+)
 def test_ranks_equal_brute_force_with_ties_and_one_to_nine_captions(images, seed, rows, levels):
     g = torch.Generator().manual_seed(seed)
-    of = torch.cat([torch.full((int(torch.randint(1, 10, (), generator=g)),), b) for b in range(images)])
+    of = torch.cat(
+        [torch.full((int(torch.randint(1, 10, (), generator=g)),), b) for b in range(images)]
+    )
     of = of[torch.randperm(len(of), generator=g)]
     s = (torch.rand(images, len(of), generator=g) * levels).round()
     i2t, t2i = ranks(s, of, rows=rows)
@@ -80,15 +110,17 @@ def test_a_tie_never_flatters():
 
 
 def test_nan_and_silent_images_are_refused():
-    with pytest.raises(ValueError, match='NaN'): recall(torch.tensor([[float('nan'), 0.], [0., 1.]]), torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match='without a caption'): recall(torch.zeros(2, 2), torch.tensor([0, 0]))
+    with pytest.raises(ValueError, match='NaN'):
+        recall(torch.tensor([[float('nan'), 0.0], [0.0, 1.0]]), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match='without a caption'):
+        recall(torch.zeros(2, 2), torch.tensor([0, 0]))
 
 
 def test_five_folds_are_the_mean_of_five_galleries():
     of = torch.arange(5000).repeat_interleave(5)
     s = torch.rand(5000, 25000)
-    s[of, torch.arange(25000)] += .5
-    parts = [recall(s[k:k + 1000, 5 * k:5 * k + 5000], of[:5000]) for k in range(0, 5000, 1000)]
+    s[of, torch.arange(25000)] += 0.5
+    parts = [recall(s[k : k + 1000, 5 * k : 5 * k + 5000], of[:5000]) for k in range(0, 5000, 1000)]
     got = evaluate(s, of, 'coco-1k-5fold')
     assert got.rsum == pytest.approx(sum(p.rsum for p in parts) / 5)
     assert 'coco-1k-5fold' in str(got)
@@ -96,12 +128,14 @@ def test_five_folds_are_the_mean_of_five_galleries():
 
 @pytest.mark.parametrize('name', [n for n, p in PROTOCOLS.items() if p.images])
 def test_protocols_refuse_other_sizes(name):
-    with pytest.raises(ValueError, match='is defined on'): evaluate(torch.zeros(4, 8), torch.arange(4).repeat_interleave(2), name)
+    with pytest.raises(ValueError, match='is defined on'):
+        evaluate(torch.zeros(4, 8), torch.arange(4).repeat_interleave(2), name)
 
 
 @pytest.mark.parametrize('criterion', [HardestBCE(), HardestBCE(hardest=False), Triplet()])
 def test_half_precision_scores_give_finite_losses_and_gradients(criterion):
-    s = torch.tensor([[1., 1.], [0., 1.]], dtype=torch.bfloat16, requires_grad=True)  # saturated, right and wrong
+    # saturated, right and wrong
+    s = torch.tensor([[1.0, 1.0], [0.0, 1.0]], dtype=torch.bfloat16, requires_grad=True)
     loss = criterion(s, torch.eye(2, dtype=torch.bool))
     loss.backward()
     assert loss.dtype == torch.float32 and loss.isfinite() and s.grad.isfinite().all()

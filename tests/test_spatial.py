@@ -1,19 +1,35 @@
 "Spatial graphs: loops, meaning of every label, exchange of a pair, invariances, padding and empty boxes, faults."
+
 import math
 
 import pytest
 import torch
 
 from imtm_lite.regions import Regions, normalise_boxes
-from imtm_lite.spatial import ELEVEN, SPATIAL_GRAPHS, binary_graph, geometry, iou_graph, labelled_graph, pairs, polar_graph, relation_labels
+from imtm_lite.spatial import (
+    ELEVEN,
+    SPATIAL_GRAPHS,
+    binary_graph,
+    geometry,
+    iou_graph,
+    labelled_graph,
+    pairs,
+    polar_graph,
+    relation_labels,
+)
 
 KINDS = pytest.mark.parametrize('kind', SPATIAL_GRAPHS)
 
 
 def scene(*boxes, size=(100, 100), dtype=torch.float64):
     "One picture with these boxes, in pixels."
-    size, boxes = torch.tensor([size]), torch.tensor([boxes], dtype=dtype)
-    return Regions(features=torch.ones(1, boxes.shape[1], 2, dtype=dtype), boxes=normalise_boxes(boxes, size), sizes=size)
+    size = torch.tensor([size])
+    boxes = torch.tensor([boxes], dtype=dtype)
+    return Regions(
+        features=torch.ones(1, boxes.shape[1], 2, dtype=dtype),
+        boxes=normalise_boxes(boxes, size),
+        sizes=size,
+    )
 
 
 def ragged(seed, B=5, R=8, dtype=torch.float64):
@@ -22,10 +38,17 @@ def ragged(seed, B=5, R=8, dtype=torch.float64):
     a, b = torch.rand(2, B, R, 2, generator=g, dtype=torch.float64)
     boxes = torch.cat([torch.minimum(a, b), torch.maximum(a, b)], -1)
     boxes[:, 1], boxes[:, 2, 3] = boxes[:, 0], boxes[:, 2, 1]
-    boxes[:, 3], boxes[:, 4] = torch.tensor([[.25, .5, .75, .625], [.4375, .25, .5625, .875]])
+    boxes[:, 3], boxes[:, 4] = torch.tensor(
+        [[0.25, 0.5, 0.75, 0.625], [0.4375, 0.25, 0.5625, 0.875]]
+    )
     mask = torch.arange(R) < torch.randint(5, R + 1, (B, 1), generator=g)
     boxes[~mask] = torch.nan
-    return Regions(features=torch.ones(B, R, 1, dtype=dtype), mask=mask, boxes=boxes.to(dtype), sizes=torch.randint(50, 900, (B, 2), generator=g))
+    return Regions(
+        features=torch.ones(B, R, 1, dtype=dtype),
+        mask=mask,
+        boxes=boxes.to(dtype),
+        sizes=torch.randint(50, 900, (B, 2), generator=g),
+    )
 
 
 def by_loops(edge, r, K):
@@ -37,100 +60,194 @@ def by_loops(edge, r, K):
         boxes = [[x * u for x, u in zip(box, unit)] for box in r.boxes[b].tolist()]
         ok = [bool(m) and x1 > x0 and y1 > y0 for m, (x0, y0, x1, y1) in zip(r.mask[b], boxes)]
         for i, j in torch.cartesian_prod(torch.arange(len(ok)), torch.arange(len(ok))).tolist():
-            if i != j and ok[i] and ok[j]: out[b, i, j] = torch.tensor(edge(boxes[i], boxes[j]), dtype=torch.float64)
+            if i != j and ok[i] and ok[j]:
+                out[b, i, j] = torch.tensor(edge(boxes[i], boxes[j]), dtype=torch.float64)
     return out
 
 
-def apart(a, b): return (a[0] + a[2] - b[0] - b[2]) / 2, (a[1] + a[3] - b[1] - b[3]) / 2
+def apart(a, b):
+    return (a[0] + a[2] - b[0] - b[2]) / 2, (a[1] + a[3] - b[1] - b[3]) / 2
+
 
 def overlap(a, b):
-    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    w = min(a[2], b[2]) - max(a[0], b[0])
+    h = min(a[3], b[3]) - max(a[1], b[1])
     both = max(w, 0) * max(h, 0)
     return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
 
+
 def label(a, b, reach):
-    (x, y), out = apart(a, b), [0.] * 11
-    def within(a, b): return a[0] >= b[0] and a[1] >= b[1] and a[2] <= b[2] and a[3] <= b[3]
-    if within(a, b) != within(b, a): k = 0 if within(a, b) else 1
-    elif overlap(a, b) >= .5 or math.hypot(x, y) < 1e-6: k = 2
-    elif math.hypot(x, y) >= reach: return out
-    else: k = 3 + int(math.degrees(math.atan2(y, x)) % 360 // 45)
-    out[k] = 1.
+    (x, y), out = apart(a, b), [0.0] * 11
+
+    def within(a, b):
+        return a[0] >= b[0] and a[1] >= b[1] and a[2] <= b[2] and a[3] <= b[3]
+
+    if within(a, b) != within(b, a):
+        k = 0 if within(a, b) else 1
+    elif overlap(a, b) >= 0.5 or math.hypot(x, y) < 1e-6:
+        k = 2
+    elif math.hypot(x, y) >= reach:
+        return out
+    else:
+        k = 3 + int(math.degrees(math.atan2(y, x)) % 360 // 45)
+    out[k] = 1.0
     return out
+
 
 def polar(a, b, directions, rings, width):
     x, y = apart(a, b)
-    d, out = math.hypot(x, y), []
+    d = math.hypot(x, y)
+    out = []
     for k in range(directions):
-        turn = 2 * math.pi * k / directions                                # the gap as the angle between two arrows
-        gap = math.acos(max(-1, min(1, (x * math.cos(turn) + y * math.sin(turn)) / d))) if d > 1e-6 else None
-        towards = math.sqrt(math.pi / 2) / directions if gap is None else math.exp(-(gap * directions / math.pi)**2 / 2)
-        out += [towards * math.exp(-((d - ring) / width)**2 / 2) for ring in rings]
+        # the gap as the angle between two arrows
+        turn = 2 * math.pi * k / directions
+        gap = (
+            math.acos(max(-1, min(1, (x * math.cos(turn) + y * math.sin(turn)) / d)))
+            if d > 1e-6
+            else None
+        )
+        towards = (
+            math.sqrt(math.pi / 2) / directions
+            if gap is None
+            else math.exp(-((gap * directions / math.pi) ** 2) / 2)
+        )
+        out += [towards * math.exp(-(((d - ring) / width) ** 2) / 2) for ring in rings]
     return out
 
 
 @pytest.mark.parametrize('seed', range(6))
 def test_graphs_equal_loops(seed):
-    r, close = ragged(seed), dict(atol=1e-7, rtol=0)
-    for t in (0., .15): torch.testing.assert_close(iou_graph(r, threshold=t), by_loops(lambda a, b: [(w := overlap(a, b)) * (w > t)], r, 1), atol=1e-12, rtol=0)
-    for t in (.1, .3):
+    r = ragged(seed)
+    close = dict(atol=1e-7, rtol=0)
+    for t in (0.0, 0.15):
+        torch.testing.assert_close(
+            iou_graph(r, threshold=t),
+            by_loops(lambda a, b: [(w := overlap(a, b)) * (w > t)], r, 1),
+            atol=1e-12,
+            rtol=0,
+        )
+    for t in (0.1, 0.3):
         yes = by_loops(lambda a, b: [float(overlap(a, b) > t)], r, 1)
         assert torch.equal(binary_graph(r, threshold=t), yes)
-    for reach in (.5, .2): assert torch.equal(labelled_graph(r, reach=reach), by_loops(lambda a, b: label(a, b, reach), r, 11))
-    for how in (dict(directions=8, rings=(.1, .3), width=.12), dict(directions=5, rings=(.2, .4, .9), width=.3)):
+    for reach in (0.5, 0.2):
+        assert torch.equal(
+            labelled_graph(r, reach=reach), by_loops(lambda a, b: label(a, b, reach), r, 11)
+        )
+    for how in (
+        dict(directions=8, rings=(0.1, 0.3), width=0.12),
+        dict(directions=5, rings=(0.2, 0.4, 0.9), width=0.3),
+    ):
         K = how['directions'] * len(how['rings'])
-        torch.testing.assert_close(polar_graph(r, **how), by_loops(lambda a, b: polar(a, b, **how), r, K), **close)   # acos loses digits
+        # acos loses digits
+        torch.testing.assert_close(
+            polar_graph(r, **how), by_loops(lambda a, b: polar(a, b, **how), r, K), **close
+        )
 
 
 def test_geometry_is_in_diagonals_of_the_true_picture():
-    r = scene((0, 20, 20, 40), (60, 60, 100, 80), size=(400, 300))         # centres (10, 30), (80, 70)
+    # centres (10, 30), (80, 70)
+    r = scene((0, 20, 20, 40), (60, 60, 100, 80), size=(400, 300))
     distance, angle = geometry(r.boxes, r.sizes)
     assert distance[0, 0, 1] == pytest.approx(math.hypot(70, 40) / 500) and distance[0, 0, 0] == 0
-    assert angle[0, 1, 0] == pytest.approx(math.atan2(40, 70)) and angle[0, 0, 1] == pytest.approx(math.atan2(-40, -70))
+    assert angle[0, 1, 0] == pytest.approx(math.atan2(40, 70)) and angle[0, 0, 1] == pytest.approx(
+        math.atan2(-40, -70)
+    )
     r = scene((0, 0, 10, 10), (50, 0, 60, 10))
-    assert geometry(r.boxes, r.sizes)[1][0, 0, 1] == pytest.approx(math.pi)   # exactly left: pi, not -pi
+    # exactly left: pi, not -pi
+    assert geometry(r.boxes, r.sizes)[1][0, 0, 1] == pytest.approx(math.pi)
 
 
-@pytest.mark.parametrize('x, y, want', [
-    (10, 3, 'right, below'), (3, 10, 'below, right'), (-3, 10, 'below, left'), (-10, 3, 'left, below'), (-10, -3, 'left, above'),
-    (-3, -10, 'above, left'), (3, -10, 'above, right'), (10, -3, 'right, above'),
-    (10, 0, 'right, below'), (0, 10, 'below, left'), (-10, 0, 'left, above'), (0, -10, 'above, right')])   # sectors begin at the axes
+@pytest.mark.parametrize(
+    'x, y, want',
+    [
+        (10, 3, 'right, below'),
+        (3, 10, 'below, right'),
+        (-3, 10, 'below, left'),
+        (-10, 3, 'left, below'),
+        (-10, -3, 'left, above'),
+        (-3, -10, 'above, left'),
+        (3, -10, 'above, right'),
+        (10, -3, 'right, above'),
+        # sectors begin at the axes
+        (10, 0, 'right, below'),
+        (0, 10, 'below, left'),
+        (-10, 0, 'left, above'),
+        (0, -10, 'above, right'),
+    ],
+)
 def test_directions_mean_what_they_say(x, y, want):
     r = scene((48 + x, 48 + y, 52 + x, 52 + y), (48, 48, 52, 52))
     assert ELEVEN[relation_labels(r)[0, 0, 1] - 1] == want
 
 
 def test_borders_of_sectors_on_a_grid():
-    step = torch.arange(3).double() / 4 + .25                              # exact binary fractions: axes and diagonals only, and knight's moves
+    # exact binary fractions: axes and diagonals only, and knight's moves
+    step = torch.arange(3).double() / 4 + 0.25
     centre = torch.cartesian_prod(step, step)
-    r = Regions(features=torch.ones(1, 9, 1).double(), boxes=torch.cat([centre - .0625, centre + .0625], -1)[None], sizes=torch.tensor([[128, 128]]))
-    names = {tuple((8 * (centre[i] - centre[j])).int().tolist()): ELEVEN[relation_labels(r, reach=1.)[0, i, j] - 1] for i in range(9) for j in range(9) if i != j}
-    begins = {(1, 0): 'right, below', (1, 1): 'below, right', (0, 1): 'below, left', (-1, 1): 'left, below', (-1, 0): 'left, above', (-1, -1): 'above, left',
-              (0, -1): 'above, right', (1, -1): 'right, above'}
+    r = Regions(
+        features=torch.ones(1, 9, 1).double(),
+        boxes=torch.cat([centre - 0.0625, centre + 0.0625], -1)[None],
+        sizes=torch.tensor([[128, 128]]),
+    )
+    names = {
+        tuple((8 * (centre[i] - centre[j])).int().tolist()): ELEVEN[
+            relation_labels(r, reach=1.0)[0, i, j] - 1
+        ]
+        for i in range(9)
+        for j in range(9)
+        if i != j
+    }
+    begins = {
+        (1, 0): 'right, below',
+        (1, 1): 'below, right',
+        (0, 1): 'below, left',
+        (-1, 1): 'left, below',
+        (-1, 0): 'left, above',
+        (-1, -1): 'above, left',
+        (0, -1): 'above, right',
+        (1, -1): 'right, above',
+    }
     for (x, y), name in begins.items():
-        for k in (2, 4): assert names[k * x, k * y] == name
-    assert torch.equal(labelled_graph(r, reach=1.), by_loops(lambda a, b: label(a, b, 1.), r, 11))
+        for k in (2, 4):
+            assert names[k * x, k * y] == name
+    assert torch.equal(labelled_graph(r, reach=1.0), by_loops(lambda a, b: label(a, b, 1.0), r, 11))
 
 
 def test_inside_cover_overlap():
-    big, small, shifted = (10, 10, 60, 60), (20, 20, 30, 30), (15, 10, 65, 60)
-    names = [[ELEVEN[k - 1] if k else None for k in row] for row in relation_labels(scene(big, small, shifted, big))[0].tolist()]
-    assert names[1][0] == 'inside' and names[0][1] == 'cover'              # the small one is inside the big one
-    assert names[0][2] == names[2][0] == names[0][3] == names[3][0] == 'overlap'                # IoU .82; equal
+    big = (10, 10, 60, 60)
+    small = (20, 20, 30, 30)
+    shifted = (15, 10, 65, 60)
+    names = [
+        [ELEVEN[k - 1] if k else None for k in row]
+        for row in relation_labels(scene(big, small, shifted, big))[0].tolist()
+    ]
+    # the small one is inside the big one
+    assert names[1][0] == 'inside' and names[0][1] == 'cover'
+    # IoU .82; equal
+    assert names[0][2] == names[2][0] == names[0][3] == names[3][0] == 'overlap'
     assert all(names[k][k] is None for k in range(4))
     border = relation_labels(scene((0, 0, 100, 100), (50, 0, 100, 30)))[0]
-    assert ELEVEN[border[1, 0] - 1] == 'inside'                            # a shared border does not count against it
+    # a shared border does not count against it
+    assert ELEVEN[border[1, 0] - 1] == 'inside'
 
 
 def test_threshold_is_exclusive():
-    r = scene((0, 0, 50, 50), (0, 0, 25, 25))                              # IoU 1/4, exactly
-    assert iou_graph(r, threshold=.25).count_nonzero() == 0 and iou_graph(r, threshold=.24)[0, :, :, 0].tolist() == [[0, .25], [.25, 0]]
+    r = scene((0, 0, 50, 50), (0, 0, 25, 25))  # IoU 1/4, exactly
+    assert iou_graph(r, threshold=0.25).count_nonzero() == 0 and iou_graph(r, threshold=0.24)[
+        0, :, :, 0
+    ].tolist() == [[0, 0.25], [0.25, 0]]
 
 
 def test_reach_is_half_a_diagonal():
-    r = scene((0, 0, 4, 4), (30, 40, 34, 44), size=(60, 80))               # 50 of 100 pixels apart
-    assert relation_labels(r).count_nonzero() == 0 and relation_labels(r, reach=.51).count_nonzero() == 2
-    assert relation_labels(scene((0, 0, 4, 4), (29, 40, 33, 44), size=(60, 80))).count_nonzero() == 2
+    # 50 of 100 pixels apart
+    r = scene((0, 0, 4, 4), (30, 40, 34, 44), size=(60, 80))
+    assert (
+        relation_labels(r).count_nonzero() == 0
+        and relation_labels(r, reach=0.51).count_nonzero() == 2
+    )
+    assert (
+        relation_labels(scene((0, 0, 4, 4), (29, 40, 33, 44), size=(60, 80))).count_nonzero() == 2
+    )
 
 
 def test_coincident_centres_have_no_direction():
@@ -138,23 +255,48 @@ def test_coincident_centres_have_no_direction():
     assert relation_labels(r)[0].tolist() == [[0, 3], [3, 0]]
     weight = polar_graph(r).view(2, 2, 8, 2)
     assert weight[0, 1].std(0).max() == 0 and torch.equal(weight[0, 1], weight[1, 0])
-    ring = scene((49, 49, 51, 51), *[(49 + 20 * math.cos(t), 49 + 20 * math.sin(t), 51 + 20 * math.cos(t), 51 + 20 * math.sin(t))
-                                     for t in torch.arange(360).deg2rad().tolist()])
-    towards = polar_graph(ring, rings=(.2,))[0, 1:, 0] / polar_graph(ring, rings=(.2,))[0, 1, 0, 0]           # along 1 degree steps
-    assert towards.mean(0).tolist() == pytest.approx([math.sqrt(math.pi / 2) / 8] * 8, rel=1e-3)              # the mean over the circle
+    ring = scene(
+        (49, 49, 51, 51),
+        *[
+            (
+                49 + 20 * math.cos(t),
+                49 + 20 * math.sin(t),
+                51 + 20 * math.cos(t),
+                51 + 20 * math.sin(t),
+            )
+            for t in torch.arange(360).deg2rad().tolist()
+        ],
+    )
+    # along 1 degree steps
+    towards = (
+        polar_graph(ring, rings=(0.2,))[0, 1:, 0] / polar_graph(ring, rings=(0.2,))[0, 1, 0, 0]
+    )
+    # the mean over the circle
+    assert towards.mean(0).tolist() == pytest.approx([math.sqrt(math.pi / 2) / 8] * 8, rel=1e-3)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 def test_exchanging_a_pair_turns_its_relation_round(dtype):
-    g = torch.Generator().manual_seed(0)                                   # on a grid: exact diagonals and axes, equal and nested boxes
-    corner, side = torch.randint(0, 24, (40, 12, 2), generator=g), torch.randint(1, 9, (40, 12, 2), generator=g)
+    # on a grid: exact diagonals and axes, equal and nested boxes
+    g = torch.Generator().manual_seed(0)
+    corner = torch.randint(0, 24, (40, 12, 2), generator=g)
+    side = torch.randint(1, 9, (40, 12, 2), generator=g)
     sizes = torch.tensor([[32, 32]] * 20 + [[48, 32]] * 20)
-    r = Regions(features=torch.ones(40, 12, 1, dtype=dtype), boxes=normalise_boxes(torch.cat([corner, corner + side], -1).to(dtype), sizes), sizes=sizes)
+    r = Regions(
+        features=torch.ones(40, 12, 1, dtype=dtype),
+        boxes=normalise_boxes(torch.cat([corner, corner + side], -1).to(dtype), sizes),
+        sizes=sizes,
+    )
     labels = relation_labels(r)
     turned = torch.tensor([0, 2, 1, 3] + [4 + (k + 4) % 8 for k in range(8)])
     assert torch.equal(labels.mT, turned[labels]) and labels.unique().tolist() == list(range(12))
     assert torch.equal(iou_graph(r).transpose(1, 2), iou_graph(r))
-    torch.testing.assert_close(polar_graph(r).transpose(1, 2), polar_graph(r).view(40, 12, 12, 8, 2).roll(4, 3).flatten(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        polar_graph(r).transpose(1, 2),
+        polar_graph(r).view(40, 12, 12, 8, 2).roll(4, 3).flatten(3),
+        atol=1e-5,
+        rtol=0,
+    )
 
 
 def test_a_mirror_changes_directions_but_no_overlap():
@@ -166,71 +308,119 @@ def test_a_mirror_changes_directions_but_no_overlap():
     mirrored = torch.tensor([0, 1, 2, 3] + [4 + (3 - k) % 8 for k in range(8)])
     labels = relation_labels(r)
     assert torch.equal(relation_labels(m), mirrored[labels]) and (mirrored[labels] != labels).any()
-    left_right = torch.tensor([(4 - k) % 8 for k in range(8)])             # polar direction k is seen in this one's channel
-    torch.testing.assert_close(polar_graph(m).unflatten(-1, (8, 2)), polar_graph(r).unflatten(-1, (8, 2))[..., left_right, :], atol=1e-12, rtol=0)
+    # polar direction k is seen in this one's channel
+    left_right = torch.tensor([(4 - k) % 8 for k in range(8)])
+    torch.testing.assert_close(
+        polar_graph(m).unflatten(-1, (8, 2)),
+        polar_graph(r).unflatten(-1, (8, 2))[..., left_right, :],
+        atol=1e-12,
+        rtol=0,
+    )
 
 
 @KINDS
 @pytest.mark.parametrize('seed', range(3))
 def test_scale_order_and_padding(kind, seed):
     build, relations = SPATIAL_GRAPHS[kind]
-    r, g = ragged(seed), torch.Generator().manual_seed(seed)
+    r = ragged(seed)
+    g = torch.Generator().manual_seed(seed)
     graph = build(r)
-    assert graph.shape == (5, 8, 8, relations) and graph.isfinite().all() and graph.count_nonzero() > 0 and (graph >= 0).all()
+    assert (
+        graph.shape == (5, 8, 8, relations)
+        and graph.isfinite().all()
+        and graph.count_nonzero() > 0
+        and (graph >= 0).all()
+    )
     same = Regions(features=r.features, mask=r.mask, boxes=r.boxes, sizes=r.sizes * 7)
     torch.testing.assert_close(build(same), graph, atol=1e-12, rtol=0)
     order = torch.randperm(8, generator=g)
-    mixed = Regions(features=r.features[:, order], mask=r.mask[:, order], boxes=r.boxes[:, order], sizes=r.sizes)
+    mixed = Regions(
+        features=r.features[:, order], mask=r.mask[:, order], boxes=r.boxes[:, order], sizes=r.sizes
+    )
     assert torch.equal(build(mixed), graph[:, order][:, :, order])
-    for b in range(5):                                                     # alone and without its padding
+    # alone and without its padding
+    for b in range(5):
         n = int(r.mask[b].sum())
-        alone = build(Regions(features=r.features[b:b + 1, :n], boxes=r.boxes[b:b + 1, :n], sizes=r.sizes[b:b + 1]))
+        alone = build(
+            Regions(
+                features=r.features[b : b + 1, :n],
+                boxes=r.boxes[b : b + 1, :n],
+                sizes=r.sizes[b : b + 1],
+            )
+        )
         torch.testing.assert_close(graph[b, :n, :n], alone[0], atol=1e-12, rtol=0)
         assert graph[b].count_nonzero() == alone.count_nonzero()
 
 
 def test_stretching_moves_directions_only():
     r = ragged(3)
-    tall = Regions(features=r.features, mask=r.mask, boxes=r.boxes, sizes=r.sizes * torch.tensor([1, 5]))
+    tall = Regions(
+        features=r.features, mask=r.mask, boxes=r.boxes, sizes=r.sizes * torch.tensor([1, 5])
+    )
     assert torch.equal(iou_graph(tall), iou_graph(r))
     assert torch.equal(labelled_graph(tall)[..., :3], labelled_graph(r)[..., :3])
-    assert not torch.equal(labelled_graph(tall), labelled_graph(r)) and (polar_graph(tall) - polar_graph(r)).abs().max() > .1
+    assert (
+        not torch.equal(labelled_graph(tall), labelled_graph(r))
+        and (polar_graph(tall) - polar_graph(r)).abs().max() > 0.1
+    )
 
 
 @KINDS
 def test_who_has_no_edge(kind):
-    graph, r = SPATIAL_GRAPHS[kind][0](ragged(1)), ragged(1)
+    graph = SPATIAL_GRAPHS[kind][0](ragged(1))
+    r = ragged(1)
     assert not graph.diagonal(dim1=1, dim2=2).any()
-    assert not graph[:, 2].any() and not graph[:, :, 2].any()              # the box without area
+    assert not graph[:, 2].any() and not graph[:, :, 2].any()  # the box without area
     assert not graph[~r.mask].any() and not graph.transpose(1, 2)[~r.mask].any()
     ok = pairs(r.boxes, r.mask)
-    assert ok.dtype == torch.bool and torch.equal(ok, ok.mT) and not graph[~ok].any() and ok[0, 0, 1]
+    assert (
+        ok.dtype == torch.bool and torch.equal(ok, ok.mT) and not graph[~ok].any() and ok[0, 0, 1]
+    )
 
 
 @KINDS
 def test_weights_have_the_type_of_the_features(kind):
-    build, wide = SPATIAL_GRAPHS[kind][0], ragged(0)
+    build = SPATIAL_GRAPHS[kind][0]
+    wide = ragged(0)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        graph = build(Regions(features=wide.features.to(dtype), mask=wide.mask, boxes=wide.boxes.float(), sizes=wide.sizes.float()))
+        graph = build(
+            Regions(
+                features=wide.features.to(dtype),
+                mask=wide.mask,
+                boxes=wide.boxes.float(),
+                sizes=wide.sizes.float(),
+            )
+        )
         assert graph.dtype == dtype
         torch.testing.assert_close(graph.double(), build(wide), atol=1e-2, rtol=0)
 
 
 def test_faults_are_one_line():
-    r, none = ragged(0), Regions(features=torch.ones(1, 3, 2))
+    r = ragged(0)
+    none = Regions(features=torch.ones(1, 3, 2))
     bare = Regions(features=r.features, mask=r.mask, boxes=r.boxes)
-    torch.testing.assert_close(iou_graph(bare), iou_graph(r))              # overlap needs no picture size
-    for call, what in [(lambda: iou_graph(none), 'without boxes'), (lambda: labelled_graph(none), 'without boxes and sizes'),
-                       (lambda: relation_labels(bare), 'without sizes .*_img_sizes.npy'), (lambda: polar_graph(bare), 'without sizes'),
-                       (lambda: iou_graph(r, threshold=1.), 'threshold'), (lambda: iou_graph(r, threshold=-.1), 'threshold'),
-                       (lambda: labelled_graph(r, reach=0.), 'reach'), (lambda: polar_graph(r, width=0.), 'width'),
-                       (lambda: polar_graph(r, rings=()), 'polar'), (lambda: polar_graph(r, directions=1), 'polar')]:
-        with pytest.raises(ValueError, match=what) as fault: call()
+    # overlap needs no picture size
+    torch.testing.assert_close(iou_graph(bare), iou_graph(r))
+    for call, what in [
+        (lambda: iou_graph(none), 'without boxes'),
+        (lambda: labelled_graph(none), 'without boxes and sizes'),
+        (lambda: relation_labels(bare), 'without sizes .*_img_sizes.npy'),
+        (lambda: polar_graph(bare), 'without sizes'),
+        (lambda: iou_graph(r, threshold=1.0), 'threshold'),
+        (lambda: iou_graph(r, threshold=-0.1), 'threshold'),
+        (lambda: labelled_graph(r, reach=0.0), 'reach'),
+        (lambda: polar_graph(r, width=0.0), 'width'),
+        (lambda: polar_graph(r, rings=()), 'polar'),
+        (lambda: polar_graph(r, directions=1), 'polar'),
+    ]:
+        with pytest.raises(ValueError, match=what) as fault:
+            call()
         assert '\n' not in str(fault.value)
 
 
 @KINDS
 def test_nothing_is_made_on_another_device(kind):
-    r = ragged(2).to('meta')                                               # mixing meta and CPU tensors is an error
+    # mixing meta and CPU tensors is an error
+    r = ragged(2).to('meta')
     graph = SPATIAL_GRAPHS[kind][0](r)
     assert graph.device.type == 'meta' and graph.shape[:3] == (5, 8, 8)

@@ -1,20 +1,53 @@
 "Tokens, vocabulary and captions: properties, and equality with torchtext 0.6.0."
-import json, random, subprocess, sys
+
+import json
+import random
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from imtm_lite.regions import Bundle
-from imtm_lite.scenes import describe, make_scene
-from imtm_lite.text import END, PAD, SPECIALS, START, UNK, Captions, Vocab, tokenize, torchtext_vocab
+from imtm_lite.text import (
+    END,
+    PAD,
+    SPECIALS,
+    START,
+    UNK,
+    Captions,
+    Vocab,
+    tokenize,
+    torchtext_vocab,
+)
+from imtm_lite.world.scenes import describe, make_scene
 
 WORLD = [s.text for seed in range(60) for s in describe(make_scene(seed), seed)]
-HUMAN = ["A man's T-shirt, isn't it?", 'Two dogs;  three cats', "the boys' ball .", 'Un café à Paris', '犬 と 猫', 'A dog \u2028 runs', 'O’Brien smiles', '3.5 dogs & 1/2 cat']
+HUMAN = [
+    "A man's T-shirt, isn't it?",
+    'Two dogs;  three cats',
+    "the boys' ball .",
+    'Un café à Paris',
+    '犬 と 猫',
+    'A dog \u2028 runs',
+    'O’Brien smiles',
+    '3.5 dogs & 1/2 cat',
+]
 
 
 def test_tokenize():
-    assert tokenize("A man's T-shirt, isn't it?") == ['a', "man's", 't', '-', 'shirt', ',', "isn't", 'it', '?']
+    assert tokenize("A man's T-shirt, isn't it?") == [
+        'a',
+        "man's",
+        't',
+        '-',
+        'shirt',
+        ',',
+        "isn't",
+        'it',
+        '?',
+    ]
     assert tokenize("the boys' O’Brien café 犬") == ['the', 'boys', "'", "o'brien", 'café', '犬']
     assert tokenize('') == tokenize(' \t\u2028') == []
 
@@ -24,14 +57,21 @@ def test_tokens_never_cross_white_space():
     for _ in range(2000):
         text = ''.join(rng.choices("abZ'’-., é9_\t\n犬İß\u00a0\"", k=15))
         assert tokenize(text) == [t for word in text.split() for t in tokenize(word)]
-        assert all(tokenize(word) for word in text.split())                      # each white-space word gives a token
-        assert tokenize(' '.join(tokenize(text))) == tokenize(text)              # cutting again changes nothing
+        # each white-space word gives a token
+        assert all(tokenize(word) for word in text.split())
+        # cutting again changes nothing
+        assert tokenize(' '.join(tokenize(text))) == tokenize(text)
 
 
 @pytest.mark.parametrize('min_freq', [1, 2, 4, 10])
-@pytest.mark.parametrize('corpus', [WORLD, HUMAN * 2, ['b a c', 'c b a', 'd d', 'e e e'], []], ids=['world', 'human', 'ties', 'empty'])
+@pytest.mark.parametrize(
+    'corpus',
+    [WORLD, HUMAN * 2, ['b a c', 'c b a', 'd d', 'e e e'], []],
+    ids=['world', 'human', 'ties', 'empty'],
+)
 def test_equals_torchtext(corpus, min_freq):
-    ours, theirs = Vocab.build(corpus, min_freq), torchtext_vocab(corpus, min_freq)
+    ours = Vocab.build(corpus, min_freq)
+    theirs = torchtext_vocab(corpus, min_freq)
     assert ours.words == theirs.itos
     words = [t for c in corpus for t in tokenize(c)] + ['zeppelin', '<pad>', '<unk>']
     assert [ours[w] for w in words] == [theirs[w] for w in words]
@@ -40,10 +80,17 @@ def test_equals_torchtext(corpus, min_freq):
 def test_power_law_ties_equal_torchtext():
     rng = random.Random(2)
     names = [a + b for a in "abcdefghé'9" for b in 'aeiouxyz']
-    corpus = [' '.join(names[min(int(rng.paretovariate(.6)), 87)] for _ in range(9)) for _ in range(300)]
-    for order in range(3):                                                       # ties do not depend on the order of captions
+    corpus = [
+        ' '.join(names[min(int(rng.paretovariate(0.6)), 87)] for _ in range(9)) for _ in range(300)
+    ]
+    # ties do not depend on the order of captions
+    for order in range(3):
         rng.shuffle(corpus)
-        assert Vocab.build(corpus, 2).words == torchtext_vocab(corpus, 2).itos == Vocab.build(sorted(corpus), 2).words
+        assert (
+            Vocab.build(corpus, 2).words
+            == torchtext_vocab(corpus, 2).itos
+            == Vocab.build(sorted(corpus), 2).words
+        )
 
 
 def test_vocab():
@@ -53,31 +100,46 @@ def test_vocab():
     assert v.encode('A dog runs!') == [START, 4, 5, UNK, UNK, END]
     assert v.decode([START, 4, 5, END, PAD]) == 'a dog'
     assert len(v.encode('dog ' * 100)) == 49 and len(v.encode('dog ' * 100, max_words=3)) == 5
-    assert v == Vocab(v.words) == Vocab(['a', 'dog']) != Vocab(['dog', 'a']) and hash(v) == hash(Vocab(v.words))
+    assert v == Vocab(v.words) == Vocab(['a', 'dog']) != Vocab(['dog', 'a']) and hash(v) == hash(
+        Vocab(v.words)
+    )
 
 
 def test_json():
     v = Vocab.build(HUMAN, 1)
     assert Vocab.from_json(v.to_json()) == v
     assert json.loads(v.to_json()) == v.words
-    for bad in ('["<unk>", "<pad>"]', '{"a": 1}', '["<pad>", "<start>", "<end>", "<unk>", 7]', '[]'):
-        with pytest.raises(ValueError, match='not a vocabulary'): Vocab.from_json(bad)
+    for bad in (
+        '["<unk>", "<pad>"]',
+        '{"a": 1}',
+        '["<pad>", "<start>", "<end>", "<unk>", 7]',
+        '[]',
+    ):
+        with pytest.raises(ValueError, match='not a vocabulary'):
+            Vocab.from_json(bad)
     for bad in (['dog', 'cat', 'dog'], ['dog', '<pad>']):
-        with pytest.raises(ValueError, match='twice'): Vocab(bad)
+        with pytest.raises(ValueError, match='twice'):
+            Vocab(bad)
 
 
 def test_captions():
     v = Vocab.build(WORLD)
     c = Captions.from_text(WORLD[:9], v)
-    assert isinstance(c, Bundle) and c.tokens.dtype == c.lengths.dtype == torch.int64 and len(c) == 9
+    assert (
+        isinstance(c, Bundle) and c.tokens.dtype == c.lengths.dtype == torch.int64 and len(c) == 9
+    )
     assert c.tokens.shape[1] == c.lengths.max()
     for row, n, m, text in zip(c.tokens, c.lengths, c.mask, WORLD):
         assert row[:n].tolist() == v.encode(text) and not row[n:].any()
         assert m.tolist() == [t < n for t in range(len(row))]
     assert c[2:4].mask.shape == (2, c.tokens.shape[1])
     wide = Captions.from_ids([v.encode(t) for t in WORLD[:9]], pad_to=50)
-    assert wide.tokens.shape == (9, 50) and wide.lengths.equal(c.lengths) and wide.tokens[:, :c.tokens.shape[1]].equal(c.tokens)
-    joined = Captions.cat([Captions.from_text(WORLD[i:i + 1], v) for i in range(9)])
+    assert (
+        wide.tokens.shape == (9, 50)
+        and wide.lengths.equal(c.lengths)
+        and wide.tokens[:, : c.tokens.shape[1]].equal(c.tokens)
+    )
+    joined = Captions.cat([Captions.from_text(WORLD[i : i + 1], v) for i in range(9)])
     assert joined.tokens.equal(c.tokens) and joined.mask.equal(c.mask)
     assert len(Captions.from_ids([])) == 0
 
@@ -87,16 +149,28 @@ def test_phrases_cover_the_tokens_of_their_words():
     v = Vocab.build(corpus, 1)
     for c in corpus:
         words = c.split()
-        assert [t for w in words for t in tokenize(w)] == v.tokens(c) and len(v.word_of(c)) == len(v.tokens(c))
+        assert [t for w in words for t in tokenize(w)] == v.tokens(c) and len(v.word_of(c)) == len(
+            v.tokens(c)
+        )
         assert v.word_of(c) == [i for i, w in enumerate(words) for _ in tokenize(w)]
     units = {corpus[0]: [(0, [0, 1, 2]), (1, [2, 3])], corpus[1]: [(0, [1])]}
     assert Captions.from_text(corpus, v).units is None
     v.parser = lambda c: SimpleNamespace(units=units.get(c, []))
     got = Captions.from_text(corpus, v)
-    assert got.units.shape == (4, 2, got.tokens.shape[1]) and got.kinds.tolist() == [[0, 1], [0, -1], [-1, -1], [-1, -1]]
+    assert got.units.shape == (4, 2, got.tokens.shape[1]) and got.kinds.tolist() == [
+        [0, 1],
+        [0, -1],
+        [-1, -1],
+        [-1, -1],
+    ]
     said = lambda c, p: [v.words[i] for i in got.tokens[c][got.units[c, p]]]
-    assert said(0, 0) == ['a', "man's", 't', '-', 'shirt', ','] and said(0, 1) == ['t', '-', 'shirt', ',', 'red'] and said(1, 0) == ['dogs']
-    assert not (got.units & ~got.mask[:, None]).any() and not got.units[:, :, 0].any()                  # no padding, no <start>
+    assert (
+        said(0, 0) == ['a', "man's", 't', '-', 'shirt', ',']
+        and said(0, 1) == ['t', '-', 'shirt', ',', 'red']
+        and said(1, 0) == ['dogs']
+    )
+    # no padding, no <start>
+    assert not (got.units & ~got.mask[:, None]).any() and not got.units[:, :, 0].any()
     cut = Captions.from_text(corpus[:1], v, max_words=3)
     assert cut.units.sum(-1).tolist() == [[3, 1]] and cut.tokens.shape[1] == 5
     assert Captions.from_text([' '.join(['x'] * 50)], v).units.any() == False
@@ -118,5 +192,7 @@ Vocab.build(["a dog"])
 try: torchtext_vocab(["a dog"])
 except ImportError as e: print(e)
 '''
-    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, check=True
+    ).stdout
     assert out.count('\n') == 1 and 'torchtext==0.6.0' in out
