@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAD', 'START', 'END', 'UNK', 'SPECIALS', 'tokenize', 'count_tokens', 'torchtext_vocab', 'Vocab', 'need_transformers',
-           'pretrained', 'Pieces', 'vocabulary', 'Captions', 'phrase_tokens']
+           'pretrained', 'Pieces', 'vocabulary', 'Captions', 'Reader', 'phrase_tokens']
 
 # %% ../nbs/02_text.ipynb #text-imports
 import json
@@ -66,13 +66,14 @@ def torchtext_vocab(
 class Vocab:
     "Words and their ids: 0 <pad>, 1 <start>, 2 <end>, 3 <unk>, then the words, most frequent first."
 
+    unk = UNK
+    parser = None  # finds no phrases: see `Reader`
+
     # id -> word; the four special tokens are put in front when they are not there
     def __init__(self, words: Sequence[str]):
         words = list(words)
         self.words = words if tuple(words[:4]) == SPECIALS else [*SPECIALS, *words]
-        # a parser cuts captions into phrases: see `Captions`
         self._id = {w: i for i, w in enumerate(self.words)}
-        self.parser = None
         twice = [w for w, n in Counter(self.words).items() if n > 1]
         if twice:
             raise ValueError(
@@ -179,6 +180,8 @@ def pretrained(
 class Pieces:
     "The word pieces of a pretrained text model, with the methods of `Vocab`. Kept as the JSON that makes its tokenizer."
 
+    parser = None  # finds no phrases: see `Reader`
+
     def __init__(self, stored: str):  # text of a tokenizer.json
         Tokenizer = need_transformers()[1].Tokenizer
         try:
@@ -198,7 +201,6 @@ class Pieces:
             )
         self.tokenizer = t
         self.stored = t.to_str()
-        self.parser = None
         model = json.loads(self.stored)['model']
         # None: nothing is unknown
         self.unk = (
@@ -301,13 +303,11 @@ class Captions(Bundle):
 
     @classmethod
     def from_text(cls, captions: Sequence[str], vocab: Vocab, *, max_words: int = 47):
-        "Tokenize, look up, pad; with phrases, where the vocabulary has a parser."
-        out = cls.from_ids([vocab.encode(c, max_words) for c in captions])
-        return (
-            out
-            if vocab.parser is None
-            else out.with_units([phrase_tokens(c, vocab, max_words) for c in captions])
-        )
+        "Tokenize, look up, pad; with phrases, where a `Reader` finds them."
+        words = cls.from_ids([vocab.encode(caption, max_words) for caption in captions])
+        if vocab.parser is None:
+            return words
+        return words.with_units([phrase_tokens(caption, vocab, max_words) for caption in captions])
 
     # of each caption, from `phrase_tokens`
     def with_units(self, phrases: Sequence[Sequence[tuple[int, list[int]]]]) -> 'Captions':
@@ -315,25 +315,55 @@ class Captions(Bundle):
         P = max([1, *map(len, phrases)])
         units = torch.zeros(len(self), P, self.tokens.shape[1], dtype=torch.bool)
         kinds = torch.full((len(self), P), -1)
-        for c, some in enumerate(phrases):
-            for p, (kind, columns) in enumerate(some):
+        for c, of_caption in enumerate(phrases):
+            for p, (kind, columns) in enumerate(of_caption):
                 if columns:
-                    units[c, p, columns], kinds[c, p] = True, kind
+                    units[c, p, columns] = True
+                    kinds[c, p] = kind
         return Captions(tokens=self.tokens, lengths=self.lengths, units=units, kinds=kinds)
 
 # %% ../nbs/02_text.ipynb #text-34-b
+class Reader:
+    "A vocabulary and who finds the phrases: reads sentences for systems that look at phrases."
+
+    def __init__(
+        self,
+        vocab: 'Vocab | Pieces',
+        parser,  # caption -> something with `units`: (kind, white-space words) of each phrase
+    ):
+        self.vocab = vocab
+        self.parser = parser
+        self.unk = vocab.unk
+        self.stored = vocab.stored
+        self.tokens = vocab.tokens
+        self.word_of = vocab.word_of
+        self.encode = vocab.encode
+        self.decode = vocab.decode
+
+    def __len__(self):
+        return len(self.vocab)
+
+    def __contains__(self, word):
+        return word in self.vocab
+
+    def __eq__(self, other):
+        same = isinstance(other, Reader) and self.vocab == other.vocab
+        return same and self.parser == other.parser
+
+    def __hash__(self):
+        return hash((self.vocab, self.parser))
+
+    def __repr__(self):
+        return f'Reader of {self.vocab!r}, with phrases'
+
+
 def phrase_tokens(
-    caption: str,
-    vocab,  # a `Vocab` or `Pieces` with a parser
-    max_words: int = 47,
-) -> list[
-    tuple[int, list[int]]
-    # kind and token columns (<start> is column 0) of each phrase; none where the cut took all its
-    # words
-]:
-    "The phrases of a caption in columns of `Captions.tokens`."
-    word_of = vocab.word_of(caption)[:max_words]
-    return [
-        (kind, [1 + t for t, w in enumerate(word_of) if w in words])
-        for kind, words in vocab.parser(caption).units
-    ]
+    caption: str, reader: Reader, max_words: int = 47
+) -> list[tuple[int, list[int]]]:  # kind and token columns (<start> is column 0) of each phrase
+    "The phrases of a caption in columns of `Captions.tokens`; no columns where all was cut."
+    word_of = reader.word_of(caption)[:max_words]
+    phrases = []
+    for kind, words in reader.parser(caption).units:
+        columns = [1 + token for token, word in enumerate(word_of) if word in words]
+        phrases.append((kind, columns))
+    return phrases

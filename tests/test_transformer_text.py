@@ -11,15 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from imtm_lite.checkpoints import MODELS, give_parser, load, read_checkpoint, write_checkpoint
+from imtm_lite.checkpoints import MODELS, load, read_checkpoint, reader, write_checkpoint
 from imtm_lite.data import Split, batches
 from imtm_lite.encoders import TransformerText, masked_mean, text_encoder
 from imtm_lite.explore import search, unknown_words, word_regions
 from imtm_lite.files import CheckpointError, SettingError
+from imtm_lite.gallery import split_scores
 from imtm_lite.losses import Triplet
 from imtm_lite.regions import Regions
 from imtm_lite.runs import Log, train
-from imtm_lite.scoring import split_scores
+from imtm_lite.tasks import Task
 from imtm_lite.text import Captions, Pieces, Vocab, vocabulary
 from imtm_lite.training import make_optimizer
 
@@ -38,6 +39,7 @@ SENTENCES = [
 def test_a_missing_package_is_one_line(world, tmp_path):
     code = f'''
 import sys; sys.modules['transformers'] = None
+from imtm_lite.tasks import Task
 from imtm_lite.text import Pieces, Vocab
 from imtm_lite.encoders import text_encoder
 from imtm_lite.runs import train
@@ -251,7 +253,7 @@ def test_every_matcher_takes_it_and_its_scores_ignore_padding(name, folder, piec
         matcher.config
     )
     pieces = Pieces(pieces.stored)
-    give_parser(matcher, pieces)
+    pieces = reader(matcher, pieces)
     captions = Captions.from_text(SENTENCES[:5], pieces)
     padded = Captions(
         tokens=F.pad(captions.tokens, (0, 9), value=7),
@@ -345,7 +347,7 @@ def run(world, folder, tmp_path_factory):
     "A run whose pretrained model is gone afterwards: (checkpoint folder, scores as trained, its arguments)."
     gone = Path(shutil.copytree(folder, tmp_path_factory.mktemp('gone') / 'bert'))
     out = tmp_path_factory.mktemp('runs') / 'scan'
-    import imtm_lite.train as module
+    import imtm_lite.runs as module
 
     seen = {}
     keep = module.save_run
@@ -363,32 +365,32 @@ def run(world, folder, tmp_path_factory):
 
 def test_a_checkpoint_needs_no_folder(run, world, pieces):
     out, scores, gone = run
-    matcher = load(out)
+    matcher, vocab, card = load(out)
     dev = Split(world, 'dev')
     assert (
-        matcher.vocab == pieces
+        vocab == pieces
         and matcher.config['text']['hidden_size'] == 16
-        and str(gone) not in json.dumps(matcher.card)
+        and str(gone) not in json.dumps(card)
     )
-    assert torch.equal(split_scores(matcher, dev, matcher.vocab), scores)
-    assert len(search(matcher, dev, 'a dog runs')) == 5
-    found = word_regions(matcher, dev, 0, 'two dogs beside it')
+    assert torch.equal(split_scores(matcher, dev, vocab), scores)
+    assert len(search(matcher, dev, vocab, 'a dog runs')) == 5
+    found = word_regions(matcher, dev, vocab, 0, 'two dogs beside it')
     assert {w for w, _, _ in found} <= {'two', 'dog', 'side', 'dogs'} and {'two', 'dog'} <= {
         w for w, _, _ in found
     }
     with torch.no_grad():
         weights = matcher.attention(
             matcher.encode_images(dev.regions([0])),
-            matcher.encode_captions(Captions.from_text(['two dogs beside it'], matcher.vocab)),
+            matcher.encode_captions(Captions.from_text(['two dogs beside it'], vocab)),
         )[0, 0]
     # row of the piece, <start> counted
     for word, region, weight in found:
-        row = weights[1 + matcher.vocab.tokens('two dogs beside it').index(word)]
+        row = weights[1 + vocab.tokens('two dogs beside it').index(word)]
         assert region == int(row.argmax()) and weight == float(row.max())
 
 
 def test_interrupted_and_resumed_with_two_rates_it_ends_the_same(run, world, folder, tmp_path):
-    import imtm_lite.train as module
+    import imtm_lite.runs as module
 
     out, _, _ = run
 
@@ -421,7 +423,7 @@ def test_interrupted_and_resumed_with_two_rates_it_ends_the_same(run, world, fol
 
 
 def test_the_pretrained_part_learns_at_its_own_rate(world, folder, pieces, tmp_path):
-    import imtm_lite.train as module
+    import imtm_lite.runs as module
 
     seen = []
     step = module.train_step
@@ -440,7 +442,7 @@ def test_the_pretrained_part_learns_at_its_own_rate(world, folder, pieces, tmp_p
             text_rate=0.25,
             **QUICK,
         )
-    matcher = load(tmp_path / 'run')
+    matcher, vocab, card = load(tmp_path / 'run')
     inside = sum(n.startswith('words.model.') for n, _ in matcher.named_parameters())
     assert inside > 20
     for i, groups in enumerate(seen):
@@ -464,14 +466,12 @@ def stepped(folder, pieces, world):
     "A matcher after one step with text_rate 0, and one with 1, each with its weights before."
     for rate in (0.0, 1.0):
         matcher = MODELS['scan'](region_width=128, words=len(pieces), width=16, text=str(folder))
-        matcher.criterion = Triplet()
         before = [v.clone() for v in matcher.state_dict().values()]
         optimizer = make_optimizer(
             matcher, optimizer='adamw', lr=1e-2, weight_decay=0.0, frozen=(), text_rate=rate
         )
-        matcher(next(iter(batches(Split(world, 'train'), pieces, size=20, seed=0, epoch=0))))[
-            'total'
-        ].backward()
+        batch = next(iter(batches(Split(world, 'train'), pieces, size=20, seed=0, epoch=0)))
+        Task(matcher, Triplet())(batch)['total'].backward()
         optimizer.step()
         yield matcher, before
 
