@@ -278,14 +278,14 @@ def test_the_blank_notebook_scores_nothing_and_the_lesson_everything(a, blank, t
 
 
 # each goes with a lesson beside it that has more: the detector's, attention, the relation prior's
-SMALL_ONES = ('01_regions', '11_messages', '15_semantic_graph')
+SMALL_ONES = ('regions', 'messages', 'semantic_graph')
 
 
 @each_assignment
 def test_an_assignment_has_questions_a_function_and_a_figure(a):
     answers = [cell.text for cell in a.cells if cell.kind == 'answer' and cell.name]
     assert re.search(r'def \w+', ' '.join(answers))
-    if a.lesson not in SMALL_ONES:
+    if not a.lesson.endswith(SMALL_ONES):
         assert len({question.about for question in a.questions}) >= 2
         assert any('fig' in bound(text) for text in answers), 'a figure is kept in fig'
 
@@ -319,7 +319,7 @@ def python(code, folder):
 
 
 def test_the_library_handed_out_ends_before_the_lesson(handout):
-    here = handout / '06_recall'
+    here = handout / LESSON_OF['imtm_lite.recall']
     shipped = lines(
         'import imtm_lite.losses, imtm_lite.regions',
         'from imtm_lite.files import shipped',
@@ -334,7 +334,8 @@ def test_the_library_handed_out_ends_before_the_lesson(handout):
 
 
 def test_requirements_are_those_of_the_assignment(handout):
-    needs = (handout / '06_recall' / 'requirements.txt').read_text().split()
+    lesson = LESSON_OF['imtm_lite.recall']
+    needs = (handout / lesson / 'requirements.txt').read_text().split()
     assert {'torch>=2.6', 'fastcore<2', 'jupyterlab'} <= set(needs)
     for other in ('typer', 'accelerate', 'transformers', 'nbformat'):
         assert not any(line.startswith(other) for line in needs)
@@ -346,24 +347,27 @@ def test_requirements_need_a_checkout(tmp_path, monkeypatch):
         own_requirements()
 
 
-def handed_modules(lesson):
-    modules = modules_for(read_lesson(LESSONS, lesson), LESSONS)
-    return {module.removeprefix('imtm_lite.') for module in modules}
+def handed_with(module):
+    "The modules that go with the lesson of a module."
+    modules = modules_for(read_lesson(LESSONS, LESSON_OF[f'imtm_lite.{module}']), LESSONS)
+    return {name.removeprefix('imtm_lite.') for name in modules}
 
 
 def test_a_lesson_gets_earlier_modules_and_what_its_cells_import():
-    assert handed_modules('01_regions') == {'files'}
-    assert handed_modules('05_losses') == {'files', 'regions', 'text', 'data', 'encoders'}
-    assert handed_modules('14_spatial_graph') >= {'models.camp', 'gating', 'world.scenes'}
+    assert handed_with('regions') == {'files'}
+    assert handed_with('losses') == {'files', 'regions', 'text', 'data', 'encoders'}
+    spatial = handed_with('spatial')
+    assert spatial >= {'models.camp', 'gating', 'world.scenes'}
     later = {'spatial', 'semantic', 'models.cmsei', 'world.detector', 'workshop.relations'}
-    assert not handed_modules('14_spatial_graph') & later
+    assert not spatial & later
 
 
 def test_a_lesson_beside_the_reading_path_gets_what_its_cells_import():
-    assert handed_modules('world/02_detector') == {'files', 'regions', 'world.scenes'}
-    relations = handed_modules('workshop/04_relations')
+    assert {'files', 'regions', 'world.scenes'} <= handed_with('world.detector')
+    assert not handed_with('world.detector') & {'world.detector', 'text', 'recall', 'attention'}
+    relations = handed_with('workshop.relations')
     assert relations >= {'files', 'data', 'spatial', 'semantic', 'world.scenes'}
-    assert not relations & {'workshop.relations', 'recall', 'scoring', 'models.camp'}
+    assert not relations & {'workshop.relations', 'models.camp', 'explore'}
 
 
 @each_assignment
@@ -380,8 +384,9 @@ def test_what_is_handed_out_imports_what_is_handed_out(a):
 
 def test_lessons_are_those_of_three_folders(tmp_path):
     names = numbered(LESSONS)
-    assert names[0] == '01_regions'
-    assert {'06_recall', 'world/02_detector', 'workshop/04_relations'} <= set(names)
+    modules = ('recall', 'world.detector', 'workshop.relations')
+    places = [names.index(LESSON_OF[f'imtm_lite.{module}']) for module in modules]
+    assert places == sorted(places)
     assert len(names) == len(set(names))
     with pytest.raises(SettingError, match='no lessons here'):
         numbered(tmp_path)

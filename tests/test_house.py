@@ -106,6 +106,11 @@ def test_every_module_has_its_notebook():
     assert {module: names for module, names in lessons.items() if len(names) > 1} == {}
 
 
+def test_each_lesson_has_a_number_of_its_own():
+    numbers = [lesson.split('_')[0] for lesson in LESSONS]
+    assert sorted(number for number in set(numbers) if numbers.count(number) > 1) == []
+
+
 def test_notebooks_lie_where_their_modules_do():
     for module, (lesson,) in lesson_of_modules().items():
         folder = lesson.rpartition('/')[0]
