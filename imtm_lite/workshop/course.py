@@ -411,7 +411,7 @@ def above_answer(
 
 
 def with_instructions(a: Assignment) -> Assignment:
-    "With a cell of instructions below the title, the points above answers, and a line on each question."
+    "With instructions below the title, the points above answers, and a line on each question."
     cells = [a.cells[0], start_cell(a)]
     for cell in a.cells[1:]:
         if cell.kind == 'question':
@@ -462,7 +462,7 @@ def saved(cell: Cell, grade_id: str, blank: bool) -> dict:
 
 
 def notebook(a: Assignment, *, blank: bool) -> dict:
-    "An assignment as a Jupyter notebook: blank as students get it, or with solutions and hidden tests."
+    "An assignment as a Jupyter notebook: blank as students get it, or with all that is hidden."
     cells = [saved(cell, grade_id, blank) for cell, grade_id in zip(a.cells, grade_ids(a))]
     points = {question.name: question.points for question in a.questions}
     metadata = dict(
@@ -767,7 +767,7 @@ class Step:
 
 # %% ../../nbs/workshop/05_course.ipynb #course-70
 def place_of_name(a: Assignment) -> dict[str, int]:
-    "Where the code cells of an assignment are, by their ids and by the names that `build` gave them."
+    "Where the code cells of an assignment are, by their ids and by the names of `build`."
     marked = zip(a.cells, grade_ids(a))
     marked = [(cell.id, grade_id) for cell, grade_id in marked if cell.kind != 'prose']
     places = {id: k for k, (id, _) in enumerate(marked)}
@@ -778,7 +778,7 @@ def sort_cells(
     a: Assignment,
     cells: list[dict[str, str]],  # plain cells of a submission
 ) -> tuple[dict[int, str], dict[int, list[str]]]:
-    "The submission's code by the lesson's cell that it fills; added code by the cell that it follows."
+    "The code that fills a cell of the lesson, and what is added, by the cell that it follows."
     places = place_of_name(a)
     filled = {}
     added = {}
@@ -1042,7 +1042,7 @@ def mend(
     failed: set[str],
     go: Callable[..., str],
 ) -> None:
-    "From an answer on, run the cells again, with the lesson's answers in place of those that failed."
+    "From an answer on, run the cells again, with the lesson's answers for those that failed."
     names = [step.name if step.kind == 'answer' else None for step in steps]
     for k in range(names.index(answer), end):
         step = steps[k]
@@ -1219,7 +1219,7 @@ def check_submissions(
     json_: Annotated[Path | None, typer.Option('--json', help='write the scores here too')] = None,
     nbs: Nbs = ROOT / 'nbs',
 ):
-    """Score submissions, each in a clean process: the points of every question, and why they were lost.
+    """Score submissions, each in a clean process: the points of each question, and why they are lost.
 
     Example: imtm course check submitted/anna.ipynb
     """
