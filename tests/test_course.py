@@ -29,11 +29,11 @@ from imtm_lite.workshop.course import (
     functions,
     imported,
     imports_of_module,
+    lesson_names,
     lesson_of_module,
     mark_bodies,
     modules_for,
     notebook,
-    numbered,
     own_requirements,
     read_lesson,
     read_lessons,
@@ -391,13 +391,13 @@ def test_what_is_handed_out_imports_what_is_handed_out(a):
 
 
 def test_lessons_are_those_of_three_folders(tmp_path):
-    names = numbered(LESSONS)
+    names = lesson_names(LESSONS)
     modules = ('recall', 'world.detector', 'workshop.relations')
     places = [names.index(LESSON_OF[f'imtm_lite.{module}']) for module in modules]
     assert places == sorted(places)
     assert len(names) == len(set(names))
     with pytest.raises(SettingError, match='no lessons here'):
-        numbered(tmp_path)
+        lesson_names(tmp_path)
 
 
 IMPORTS = """
@@ -452,7 +452,7 @@ def test_regions_are_replaced_with_their_indentation():
 
 def exported():
     "The cells of all lessons that export functions."
-    for lesson in numbered(LESSONS):
+    for lesson in lesson_names(LESSONS):
         for cell in read_notebook(LESSONS / f'{lesson}.ipynb')[0]:
             if cell['cell_type'] != 'code' or 'export' not in directives(cell['source']):
                 continue

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from imtm_lite.workshop.course import imported, numbered
+from imtm_lite.workshop.course import imported, lesson_names
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / 'imtm_lite'
-LESSONS = [*numbered(ROOT / 'nbs'), 'index']
+LESSONS = [*lesson_names(ROOT / 'nbs'), 'index']
 GROUND = 'files'  # which every room stands on, wherever its notebook is
 
 
