@@ -37,7 +37,7 @@ from imtm_lite.checkpoints import (
     restore_optimizer,
     write_checkpoint,
 )
-from .data import Batch, Split, batches, need, pair_instances, plan
+from .data import Batch, Split, batch_plan, batches, need, pair_instances
 from .files import CheckpointError, SettingError
 from .health import diagnose, gradient_figures, health, health_sample
 from .losses import collapsed
@@ -342,7 +342,7 @@ class Run:
     def sizes(self, epoch: int) -> list[int]:
         "Pairs of each batch of an epoch."
         costs = pair_instances(self.train, self.vocab) if self.s['instances'] else None
-        return [len(batch) for batch in plan(self.train, costs=costs, **self.order(epoch))]
+        return [len(batch) for batch in batch_plan(self.train, costs=costs, **self.order(epoch))]
 
     def steps_in_all(self) -> int:
         "Steps of the whole run."
