@@ -380,10 +380,10 @@ class Split:
                 return read(image)
 
     def encoded(self, vocab: Vocab) -> 'Encoded':
-        key = (vocab, vocab.parser)
-        if key not in self._encoded:
-            self._encoded[key] = Encoded(self.captions, vocab)
-        return self._encoded[key]
+        "Its captions as ids, cut once for each vocabulary."
+        if vocab not in self._encoded:
+            self._encoded[vocab] = Encoded(self.captions, vocab)
+        return self._encoded[vocab]
 
     def fingerprint(self) -> str:  # 12 hexadecimal digits
         """A short hash, to tell data sets apart.

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAD', 'START', 'END', 'UNK', 'SPECIALS', 'tokenize', 'count_tokens', 'torchtext_vocab', 'Vocab', 'need_transformers',
-           'pretrained', 'Pieces', 'vocabulary', 'Captions', 'phrase_tokens']
+           'pretrained', 'Pieces', 'vocabulary', 'Captions', 'Reader', 'phrase_tokens']
 
 # %% ../nbs/02_text.ipynb #text-imports
 import json
@@ -80,13 +80,14 @@ class Vocab:
     0 <pad>, 1 <start>, 2 <end>, 3 <unk>, then the words, most frequent first.
     """
 
+    unk = UNK
+    parser = None  # finds no phrases: see `Reader`
+
     # id -> word; the four special tokens are put in front when they are not there
     def __init__(self, words: Sequence[str]):
         words = list(words)
         self.words = words if tuple(words[:4]) == SPECIALS else [*SPECIALS, *words]
         self._id = {word: i for i, word in enumerate(self.words)}
-        # cuts captions into phrases: see `Captions`
-        self.parser = None
         for word, count in Counter(self.words).items():
             if count > 1:
                 raise ValueError(
@@ -204,10 +205,11 @@ class Pieces:
     Kept as the JSON that makes its tokenizer.
     """
 
+    parser = None  # finds no phrases: see `Reader`
+
     def __init__(self, stored: str):  # text of a tokenizer.json
         self.tokenizer = _read_tokenizer(stored)
         self.stored = self.tokenizer.to_str()
-        self.parser = None
         self.unk = _unknown_id(self.tokenizer, json.loads(self.stored)['model'])
         # special tokens that `decode` leaves out
         added = self.tokenizer.get_added_tokens_decoder()
@@ -316,7 +318,7 @@ class Captions(Bundle):
 
     @classmethod
     def from_text(cls, captions: Sequence[str], vocab: Vocab, *, max_words: int = 47):
-        "Tokenize, look up, pad; with phrases, where the vocabulary has a parser."
+        "Tokenize, look up, pad; with phrases, where a `Reader` finds them."
         encoded = cls.from_ids([vocab.encode(caption, max_words) for caption in captions])
         if vocab.parser is None:
             return encoded
@@ -336,18 +338,50 @@ class Captions(Bundle):
         return Captions(tokens=self.tokens, lengths=self.lengths, units=units, kinds=kinds)
 
 # %% ../nbs/02_text.ipynb #text-34-b
+class Reader:
+    "A vocabulary and who finds the phrases: reads sentences for systems that look at phrases."
+
+    def __init__(
+        self,
+        vocab: 'Vocab | Pieces',
+        parser,  # caption -> something with `units`: (kind, white-space words) of each phrase
+    ):
+        self.vocab = vocab
+        self.parser = parser
+        self.unk = vocab.unk
+        self.stored = vocab.stored
+        self.tokens = vocab.tokens
+        self.word_of = vocab.word_of
+        self.encode = vocab.encode
+        self.decode = vocab.decode
+
+    def __len__(self):
+        return len(self.vocab)
+
+    def __contains__(self, word):
+        return word in self.vocab
+
+    def __eq__(self, other):
+        same = isinstance(other, Reader) and self.vocab == other.vocab
+        return same and self.parser == other.parser
+
+    def __hash__(self):
+        return hash((self.vocab, self.parser))
+
+    def __repr__(self):
+        return f'Reader of {self.vocab!r}, with phrases'
+
+
 def phrase_tokens(
-    caption: str,
-    vocab,  # a `Vocab` or `Pieces` with a parser
-    max_words: int = 47,
+    caption: str, reader: Reader, max_words: int = 47
 ) -> list[tuple[int, list[int]]]:  # kind and token columns of each phrase
     """The phrases of a caption in columns of `Captions.tokens`, where <start> is column 0.
 
     A phrase all of whose words were cut has no columns.
     """
-    word_of = vocab.word_of(caption)[:max_words]
+    word_of = reader.word_of(caption)[:max_words]
     phrases = []
-    for kind, words in vocab.parser(caption).units:
+    for kind, words in reader.parser(caption).units:
         columns = [1 + t for t, word in enumerate(word_of) if word in words]
         phrases.append((kind, columns))
     return phrases

@@ -34,7 +34,7 @@ from imtm_lite.data import (
 )
 from imtm_lite.files import DataError
 from imtm_lite.regions import Regions
-from imtm_lite.text import Captions, Vocab
+from imtm_lite.text import Captions, Reader, Vocab
 from imtm_lite.workshop.check import check
 from imtm_lite.world.scenes import draw, make_scene
 from imtm_lite.world.write import SHAPES, scene_numbers, widen, world_bytes, write_world
@@ -237,13 +237,13 @@ def test_phrases_come_along_and_each_parser_has_its_own(root):
     v = Vocab.build(split.captions, 1)
     plain = split.encoded(v)
     for parser in (first_word, every_word):
-        v.parser = parser
+        reader = Reader(v, parser)
         for rows in ([3, 0, 1], slice(1, 4), torch.tensor([2])):
             numbers = torch.arange(len(split.captions))[rows]
-            want = Captions.from_text([split.captions[i] for i in numbers], v)
+            want = Captions.from_text([split.captions[i] for i in numbers], reader)
             assert want.units is not None
-            same_bundle(split.encoded(v)[rows], want)
-    v.parser = None
+            same_bundle(split.encoded(reader)[rows], want)
+        assert split.encoded(reader) is split.encoded(Reader(v, parser))
     assert split.encoded(v) is plain and plain[[0]].units is None
 
 

@@ -18,11 +18,11 @@ from imtm_lite import load
 from imtm_lite.checkpoints import MODELS, read_checkpoint
 from imtm_lite.data import Batch, Split, batches
 from imtm_lite.encoders import Codes
+from imtm_lite.gallery import score_split, split_recall, split_scores
 from imtm_lite.losses import HardestBCE, Triplet
 from imtm_lite.phrases import Entity, PhraseLabels, TextGraph
 from imtm_lite.processes import Processes
 from imtm_lite.runs import Log, train
-from imtm_lite.scoring import score_split, split_recall, split_scores
 from imtm_lite.text import Vocab
 from tests.test_matchers import make, ragged
 

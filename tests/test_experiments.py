@@ -15,12 +15,12 @@ import torch
 from imtm_lite.checkpoints import build, load
 from imtm_lite.data import Split
 from imtm_lite.files import SettingError, shipped
+from imtm_lite.gallery import probe_accuracy, split_scores
 from imtm_lite.phrases import named_parser
 from imtm_lite.recall import evaluate
 from imtm_lite.recipes import arguments_for
 from imtm_lite.results import figure, made_by, read_experiment, table
 from imtm_lite.runs import Log
-from imtm_lite.scoring import probe_accuracy, split_scores
 from imtm_lite.text import Vocab
 from imtm_lite.workshop import experiments
 from imtm_lite.workshop.cli import main

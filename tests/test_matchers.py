@@ -10,21 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from imtm_lite.checkpoints import MODELS
-from imtm_lite.encoders import KeptBytes, match_by_length
+from imtm_lite.gallery import chosen_pairs, put_below, rerank, rerank_agreement, score_chosen
 from imtm_lite.losses import HardestBCE, Triplet
 from imtm_lite.models.camp import CAMP, CAMPStage1, load_released
 from imtm_lite.regions import Regions
-from imtm_lite.scoring import (
-    PeakBytes,
-    chosen_pairs,
-    encode,
-    put_below,
-    rerank,
-    rerank_agreement,
-    score,
-    score_chosen,
-    score_pairs,
-)
+from imtm_lite.scoring import KeptBytes, PeakBytes, encode, match_by_length, score, score_pairs
 from imtm_lite.text import Captions
 
 PREDICATES = 4

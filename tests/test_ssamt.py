@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from imtm_lite.data import Batch, Split
+from imtm_lite.explain import blame, blame_accuracy
 from imtm_lite.files import shipped
 from imtm_lite.losses import Triplet
 from imtm_lite.models.ssamt import (
     SSAMT,
     SSAMTIntra,
-    blame,
-    blame_accuracy,
     drawn,
     likely,
     others,

@@ -17,6 +17,7 @@ from imtm_lite.text import (
     START,
     UNK,
     Captions,
+    Reader,
     Vocab,
     tokenize,
     torchtext_vocab,
@@ -130,10 +131,10 @@ UNITS = {PHRASED[0]: [(0, [0, 1, 2]), (1, [2, 3])], PHRASED[1]: [(0, [1])]}
 
 @pytest.fixture
 def phrased():
-    "A vocabulary whose parser knows two sentences."
-    v = Vocab.build(PHRASED, 1)
-    v.parser = lambda caption: SimpleNamespace(units=UNITS.get(caption, []))
-    return v
+    "A reader whose parser knows two sentences."
+    return Reader(
+        Vocab.build(PHRASED, 1), lambda caption: SimpleNamespace(units=UNITS.get(caption, []))
+    )
 
 
 def test_tokens_know_their_words():
@@ -145,13 +146,25 @@ def test_tokens_know_their_words():
     assert Captions.from_text(PHRASED, v).units is None
 
 
+def test_a_reader_reads_as_its_vocabulary_does(phrased):
+    v = phrased.vocab
+    assert len(phrased) == len(v) and 'red' in phrased and 'zeppelin' not in phrased
+    assert (phrased.stored, phrased.unk) == (v.stored, UNK)
+    for caption in PHRASED:
+        assert phrased.encode(caption) == v.encode(caption)
+        assert phrased.tokens(caption) == v.tokens(caption)
+        assert phrased.decode(v.encode(caption)) == v.decode(v.encode(caption))
+    assert phrased == Reader(v, phrased.parser) != Reader(v, print)
+    assert len({phrased, Reader(v, phrased.parser), Reader(v, print), v}) == 3
+
+
 def test_phrases_cover_the_tokens_of_their_words(phrased):
     captions = Captions.from_text(PHRASED, phrased)
     assert captions.units.shape == (4, 2, captions.tokens.shape[1])
     assert captions.kinds.tolist() == [[0, 1], [0, -1], [-1, -1], [-1, -1]]
 
     def words(c, p):
-        return ' '.join(phrased.words[i] for i in captions.tokens[c][captions.units[c, p]])
+        return phrased.decode(captions.tokens[c][captions.units[c, p]])
 
     assert words(0, 0) == "a man's t - shirt ,"
     assert words(0, 1) == 't - shirt , red'

@@ -23,17 +23,9 @@ from imtm_lite.checkpoints import FORMAT, MODELS, check_fits, read_checkpoint, w
 from imtm_lite.data import Batch, Split, batches, image_chunks
 from imtm_lite.encoders import VSE
 from imtm_lite.files import CheckpointError, DataError, SettingError
-from imtm_lite.health import diagnose, gradient_figures, health
-from imtm_lite.losses import HardestBCE, Triplet
-from imtm_lite.phrases import chunk
-from imtm_lite.recipes import recipe, train_recipe
-from imtm_lite.regions import Regions
-from imtm_lite.runs import Log, train
-from imtm_lite.scoring import (
-    CANDIDATES,
+from imtm_lite.gallery import (
     TRIED,
     chosen_pairs,
-    encode,
     probe_accuracy,
     rerank,
     rerank_agreement,
@@ -41,8 +33,16 @@ from imtm_lite.scoring import (
     split_recall,
     split_scores,
 )
+from imtm_lite.health import diagnose, gradient_figures, health
+from imtm_lite.losses import HardestBCE, Triplet
+from imtm_lite.phrases import chunk
+from imtm_lite.recipes import recipe, train_recipe
+from imtm_lite.regions import Regions
+from imtm_lite.runs import Log, train
+from imtm_lite.scoring import encode
 from imtm_lite.text import UNK, Captions
 from imtm_lite.training import drop_regions, drop_words, is_mean, learning_rate, train_step
+from imtm_lite.workshop.experiments import CANDIDATES
 from tests.test_matchers import make, ragged
 
 QUICK = dict(

@@ -16,10 +16,10 @@ from imtm_lite.data import Split, batches
 from imtm_lite.encoders import TransformerText, masked_mean, text_encoder
 from imtm_lite.explore import search, unknown_words, word_regions
 from imtm_lite.files import CheckpointError, SettingError
+from imtm_lite.gallery import split_scores
 from imtm_lite.losses import Triplet
 from imtm_lite.regions import Regions
 from imtm_lite.runs import Log, train
-from imtm_lite.scoring import split_scores
 from imtm_lite.text import Captions, Pieces, Vocab, vocabulary
 from imtm_lite.training import make_optimizer
 
