@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FILES', 'REQUIRED', 'PIECE', 'BOX_TOLERANCE', 'path_of', 'read_header', 'open_array', 'read_lines', 'read_captions',
-           'read_ids', 'first_true', 'read_caption_image', 'Split', 'check_there', 'check_width', 'check_repeats',
-           'open_optional', 'need', 'JsonLines', 'good_triples', 'good_phrases', 'good_probe', 'copy_row',
-           'read_features', 'read_boxes', 'read_labels', 'read_triples', 'picture_file', 'batch_plan', 'cut_by_size',
-           'Encoded', 'cut_by_instances', 'pair_instances', 'Batch', 'batches', 'image_chunks', 'in_order']
+           'read_ids', 'first_true', 'read_caption_image', 'captions_by_image', 'Split', 'check_there', 'check_width',
+           'check_repeats', 'open_optional', 'need', 'JsonLines', 'good_triples', 'good_phrases', 'good_probe',
+           'copy_row', 'read_features', 'read_boxes', 'read_labels', 'read_triples', 'picture_file', 'batch_plan',
+           'cut_by_size', 'Encoded', 'cut_by_instances', 'pair_instances', 'Batch', 'batches', 'image_chunks',
+           'in_order']
 
 # %% ../nbs/03_data.ipynb #data-imports
 import hashlib
@@ -148,7 +149,7 @@ def open_array(
     return np.load(path, mmap_mode='r', allow_pickle=False)
 
 # %% ../nbs/03_data.ipynb #data-23
-def _decode(path: Path, raw: bytes) -> str:
+def _utf8(path: Path, raw: bytes) -> str:
     try:
         return raw.decode('utf-8')
     except UnicodeDecodeError as fault:
@@ -171,7 +172,7 @@ def read_lines(
     fault = partial(DataError, path, mend='expected a UTF-8 text file')
     with said_as(fault, OSError, before='cannot be read (', after=')'):
         raw = path.read_bytes()
-    lines = _decode(path, raw.removeprefix(b'\xef\xbb\xbf')).split('\n')
+    lines = _utf8(path, raw.removeprefix(b'\xef\xbb\xbf')).split('\n')
     if lines[-1] == '':
         lines.pop()
     return [line.removesuffix('\r') for line in lines]
@@ -295,6 +296,16 @@ def _evenly(path: Path, captions: int, images: int) -> np.ndarray:
         )
     return np.arange(captions) // (captions // images)
 
+# %% ../nbs/03_data.ipynb #data-35-b
+def captions_by_image(
+    caption_image: np.ndarray,  # (M,) the image row of each caption
+    images: int,  # N
+) -> list[np.ndarray]:  # of each image: the indices of its captions
+    "Which captions belong to which image; the map may be in any order."
+    order = np.argsort(caption_image, kind='stable')
+    counts = np.bincount(caption_image, minlength=images)
+    return np.split(order, counts.cumsum()[:-1])
+
 # %% ../nbs/03_data.ipynb #data-37
 class Split:
     """One split of a data set, memory-mapped.
@@ -336,15 +347,12 @@ class Split:
         return len(self.ids)
 
     @cached_property
-    def _by_image(self):  # captions sorted by image; where each image begins among them
-        order = np.argsort(self.caption_image, kind='stable')
-        begins = np.searchsorted(self.caption_image[order], np.arange(self.n_images + 1))
-        return order, begins
+    def _by_image(self) -> list[np.ndarray]:
+        return captions_by_image(self.caption_image, self.n_images)
 
     def captions_of(self, row: int) -> np.ndarray:
         "The captions of an image, as indices of `captions`."
-        order, begins = self._by_image
-        return order[begins[row] : begins[row + 1]]
+        return self._by_image[row]
 
     def regions(
         self,

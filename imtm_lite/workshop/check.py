@@ -120,7 +120,7 @@ def look_at_boxes(split: Split) -> dict[str, str]:
     return {'mean box area': f'{100 * torch.cat(shares).mean():.1f} %'}
 
 
-def _compare_sizes(split: Split) -> tuple[int, list[tuple[int, str]]]:
+def _other_proportions(split: Split) -> tuple[int, list[tuple[int, str]]]:
     "How many pictures are there; row and true size of those with other proportions."
     there = 0
     wrong = []
@@ -137,7 +137,7 @@ def _compare_sizes(split: Split) -> tuple[int, list[tuple[int, str]]]:
 
 def look_at_sizes(split: Split) -> dict[str, str]:
     "Sizes must have the proportions of the pictures that are there, but for a pixel."
-    there, wrong = _compare_sizes(split)
+    there, wrong = _other_proportions(split)
     if wrong:
         row, true = wrong[0]
         width, height = split.sizes[row]
