@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plain import PLAIN, form
 from imtm_lite.checkpoints import MODELS, TASKS
-from imtm_lite.data import Batch, Split, batches, plan
+from imtm_lite.data import Batch, Split, batch_plan, batches
 from imtm_lite.encoders import Codes, Matcher
 from imtm_lite.files import write_json
 from imtm_lite.losses import HardestBCE, Triplet
@@ -522,7 +522,7 @@ def loader(n: int, rounds: int, workers: int = 2) -> list[dict]:
                 len(batch)
 
         def plain_epoch():
-            for rows in plan(split, **order):
+            for rows in batch_plan(split, **order):
                 plain.batch(rows)
 
         # reads the file into memory

@@ -38,8 +38,7 @@ from imtm_lite.checkpoints import (
     task_for,
     write_checkpoint,
 )
-from .data import Batch, Split, batches, need, pair_instances
-from .data import plan as batch_plan
+from .data import Batch, Split, batch_plan, batches, need, pair_instances
 from .encoders import Matcher
 from .files import CheckpointError, SettingError, said_as, whole
 from .gallery import score_split
