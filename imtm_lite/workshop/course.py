@@ -495,7 +495,7 @@ sys.meta_path.insert(0, _EndsHere())
 FOLDERS = ('.', 'world', 'workshop')  # of lessons: the reading path, and what stands beside it
 
 
-def lesson_names(nbs: Path) -> list[str]:  # names of notebooks, such as 06_recall or world/02_detector
+def lesson_names(nbs: Path) -> list[str]:  # 06_recall, world/02_detector
     "The lessons: the reading path, then those beside it."
     nbs = Path(nbs)
     paths = []
@@ -579,10 +579,9 @@ def write_library(folder: Path, modules: set[str]) -> None:
     guard = GUARD.format(here=sorted(modules | packages))
     shutil.copytree(LIBRARY / 'shipped', folder / 'imtm_lite' / 'shipped')
     (folder / 'imtm_lite' / '__init__.py').write_text(head + guard, encoding='utf-8')
-    names = [f'{module}.py' for module in modules]
-    names += [f'{package}.__init__.py' for package in packages]
-    for name in names:
-        path = name.removesuffix('.py').replace('.', '/') + '.py'
+    paths = [f'{module.replace(".", "/")}.py' for module in modules]
+    paths += [f'{package.replace(".", "/")}/__init__.py' for package in packages]
+    for path in paths:
         (folder / path).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / path, folder / path)
 
