@@ -16,38 +16,37 @@ from torch import Tensor
 from .regions import Regions, box_area, iou
 
 # %% ../nbs/14_spatial_graph.ipynb #spatial-graph-10
-# of a diagonal: centres closer than this coincide, and what is left of their direction is
-# rounding
+# centres closer than this part of a diagonal coincide: what is left of a direction is rounding
 NEAR = 1e-6
 
 
 def geometry(
     boxes: Tensor,  # (B, R, 4) x0, y0, x1, y1 in 0..1 of the picture's width and height
     sizes: Tensor,  # (B, 2) width, height of the picture, in pixels
-) -> tuple[
-    Tensor, Tensor
-]:  # (B, R, R) distance in picture diagonals; (B, R, R) angle in (-pi, pi], y downwards
-    "Where the centre of box i lies as seen from the centre of box j; the angle is 0 where they are the same."
-    boxes, sizes = (t.to(torch.promote_types(boxes.dtype, torch.float32)) for t in (boxes, sizes))
-    # (B, 2) width and height in diagonals
-    sides = sizes / sizes.norm(dim=-1, keepdim=True)
+) -> tuple[Tensor, Tensor]:  # (B, R, R) distance and (B, R, R) angle
+    """Where the centre of box i lies as seen from the centre of box j.
+
+    A distance is in picture diagonals. An angle is in (-pi, pi], y downwards, and 0 where the
+    centres are the same.
+    """
+    exact = torch.promote_types(boxes.dtype, torch.float32)
+    boxes = boxes.to(exact)
+    sizes = sizes.to(exact)
+    sides = sizes / sizes.norm(dim=-1, keepdim=True)  # (B, 2) width and height in diagonals
     centre = (boxes[..., :2] + boxes[..., 2:]) / 2 * sides[:, None]  # (B, R, 2)
-    # (B, R, R, 2) the arrow from j to i
-    apart = centre[:, :, None] - centre[:, None]
-    return apart.norm(dim=-1), torch.atan2(apart[..., 1], apart[..., 0])
+    arrow = centre[:, :, None] - centre[:, None]  # (B, R, R, 2) from j to i
+    return arrow.norm(dim=-1), torch.atan2(arrow[..., 1], arrow[..., 0])
 
 # %% ../nbs/14_spatial_graph.ipynb #spatial-graph-14
 def pairs(
-    boxes: Tensor,  # (B, R, 4)
     mask: Tensor,  # (B, R) True where a region exists
+    boxes: Tensor | None = None,  # (B, R, 4); given: only regions whose box has an area
 ) -> Tensor:  # (B, R, R) bool
-    "Which two regions may have an edge: different ones that exist and have an area."
-    real = mask & (box_area(boxes) > 0)
-    return (
-        real[:, :, None]
-        & real[:, None]
-        & ~torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
-    )
+    "Which two regions may have an edge: different ones that exist."
+    if boxes is not None:
+        mask = mask & (box_area(boxes) > 0)
+    itself = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
+    return mask[:, :, None] & mask[:, None] & ~itself
 
 # %% ../nbs/14_spatial_graph.ipynb #spatial-graph-16
 _FILES = {'boxes': '{split}_boxes.npy', 'sizes': '{split}_img_sizes.npy'}
@@ -56,11 +55,13 @@ _FILES = {'boxes': '{split}_boxes.npy', 'sizes': '{split}_img_sizes.npy'}
 def _need(regions: Regions, *names: str):
     "Refuse regions that lack what a graph is made of."
     lacking = [name for name in names if getattr(regions, name) is None]
+    if not lacking:
+        return
     files = ' and '.join(_FILES[name] for name in lacking)
-    if lacking:
-        raise ValueError(
-            f'regions without {" and ".join(lacking)} have no such spatial graph: a data set keeps them in {files}'
-        )
+    raise ValueError(
+        f'regions without {" and ".join(lacking)} have no such spatial graph: '
+        f'a data set keeps them in {files}'
+    )
 
 # %% ../nbs/14_spatial_graph.ipynb #spatial-graph-22
 def iou_graph(
@@ -74,7 +75,7 @@ def iou_graph(
     if not 0 <= threshold < 1:
         raise ValueError(f'an IoU threshold is from 0 to below 1, not {threshold}')
     overlap = iou(regions.boxes, regions.boxes)  # (B, R, R)
-    edge = (overlap > threshold) & pairs(regions.boxes, regions.mask)
+    edge = (overlap > threshold) & pairs(regions.mask, regions.boxes)
     weight = overlap.masked_fill(~edge, 0) if weighted else edge
     return weight[..., None].to(regions.features.dtype)
 
@@ -104,31 +105,40 @@ ELEVEN = (
 )
 
 # %% ../nbs/14_spatial_graph.ipynb #spatial-graph-30
+def _within(boxes: Tensor) -> Tensor:  # (B, R, 4) -> (B, R, R) bool
+    "Does box i lie in box j? Of equal boxes, each in the other."
+    i = boxes[:, :, None]
+    j = boxes[:, None]
+    begins = (i[..., :2] >= j[..., :2]).all(-1)
+    ends = (i[..., 2:] <= j[..., 2:]).all(-1)
+    return begins & ends
+
+
+def _sectors(angle: Tensor) -> Tensor:  # (B, R, R) -> (B, R, R) int64
+    "The eighth of the circle, 0 to 7; transposed, exactly the opposite one."
+    lower = (angle / (math.pi / 4)).floor().long().clamp(0, 3)  # right for the lower half circle
+    is_upper = (angle < 0) | (angle >= math.pi)
+    return torch.where(is_upper, lower.mT + 4, lower)
+
+
 def relation_labels(
     regions: Regions,
-    # centres this far apart, in picture diagonals, or further have no direction
     *,
-    reach: float = 0.5,
-) -> (
-    Tensor
-):  # (B, R, R) int64: 0 no edge, k: ELEVEN[k - 1] holds of region i with respect to region j
+    reach: float = 0.5,  # in picture diagonals: centres as far apart, or further: no direction
+) -> Tensor:  # (B, R, R) int64: 0 no edge, k: ELEVEN[k - 1] holds of i with respect to j
     "One relation, or none, for every pair of regions (after ReGAT's released code)."
     _need(regions, 'boxes', 'sizes')
     if not reach > 0:
         raise ValueError(f'reach is a distance above 0, in picture diagonals, not {reach}')
-    boxes, (distance, angle) = regions.boxes, geometry(regions.boxes, regions.sizes)
-    i = boxes[:, :, None]
-    j = boxes[:, None]
-    # (B, R, R); equal boxes: both ways
-    within = (i[..., :2] >= j[..., :2]).all(-1) & (i[..., 2:] <= j[..., 2:]).all(-1)
-    # right for the lower half circle
-    sector = (angle / (math.pi / 4)).floor().long().clamp(0, 3)
-    # the upper half: turned round
-    sector = torch.where((angle < 0) | (angle >= math.pi), sector.mT + 4, sector)
-    label = torch.where(distance < reach, sector + 4, 0)
-    label = label.masked_fill((iou(boxes, boxes) >= 0.5) | (distance < NEAR), 3)
-    label = label.masked_fill(within.mT & ~within, 2).masked_fill(within & ~within.mT, 1)
-    return label * pairs(boxes, regions.mask)
+    boxes = regions.boxes
+    distance, angle = geometry(boxes, regions.sizes)
+    within = _within(boxes)
+    overlap = (iou(boxes, boxes) >= 0.5) | (distance < NEAR)
+    label = torch.where(distance < reach, 4 + _sectors(angle), 0)
+    label = label.masked_fill(overlap, 3)
+    label = label.masked_fill(within.mT & ~within, 2)
+    label = label.masked_fill(within & ~within.mT, 1)
+    return label * pairs(regions.mask, boxes)
 
 # %% ../nbs/14_spatial_graph.ipynb #spatial-graph-32
 def labelled_graph(
@@ -137,42 +147,49 @@ def labelled_graph(
     reach: float = 0.5,  # as in `relation_labels`
 ) -> Tensor:  # (B, R, R, 11) in the features' dtype
     "A channel for each of ELEVEN, 1 where it holds of region i with respect to region j."
-    return F.one_hot(relation_labels(regions, reach=reach), 1 + len(ELEVEN))[..., 1:].to(
-        regions.features.dtype
-    )
+    label = relation_labels(regions, reach=reach)
+    channels = F.one_hot(label, 1 + len(ELEVEN))[..., 1:]
+    return channels.to(regions.features.dtype)
 
 # %% ../nbs/14_spatial_graph.ipynb #spatial-graph-42
+def _bump(x: Tensor, width: float) -> Tensor:
+    "A Gaussian, 1 at its top."
+    return torch.exp(-0.5 * (x / width).square())
+
+
+def _towards(distance: Tensor, angle: Tensor, directions: int) -> Tensor:
+    "(B, R, R) both -> (B, R, R, directions): how well the angle fits each direction."
+    step = 2 * math.pi / directions
+    centre = step * torch.arange(directions, device=angle.device, dtype=angle.dtype)
+    gap = angle[..., None] - centre
+    gap = (gap + math.pi).remainder(2 * math.pi) - math.pi  # the short way round
+    undirected = (distance < NEAR)[..., None]
+    return torch.where(undirected, math.sqrt(math.pi / 2) / directions, _bump(gap, step / 2))
+
+
 def polar_graph(
     regions: Regions,
-    # kernels round the circle; the first is right, the next are clockwise
     *,
-    directions: int = 8,
+    directions: int = 8,  # kernels round the circle; the first is right, the next are clockwise
     rings: tuple[float, ...] = (0.1, 0.3),  # their distances, in picture diagonals
-    # standard deviation of a ring, in picture diagonals
-    width: float = 0.12,
-) -> Tensor:  # (B, R, R, directions * len(rings)) in the features' dtype; channel = direction * len(rings) + ring
-    "Gaussian in angle times Gaussian in distance (after GSMN's polar kernels: learned there, fixed here)."
+    width: float = 0.12,  # standard deviation of a ring, in picture diagonals
+) -> Tensor:  # (B, R, R, directions * len(rings)) in the features' dtype
+    """Gaussian in angle times Gaussian in distance (after GSMN: learned there, fixed here).
+
+    The channel of a kernel is direction * len(rings) + ring.
+    """
     _need(regions, 'boxes', 'sizes')
     if directions < 2 or len(rings) < 1 or not width > 0:
         raise ValueError(
-            f'polar kernels need 2 directions, 1 ring and a width above 0 at least, not {directions}, {rings} and {width}'
+            'polar kernels need 2 directions, 1 ring and a width above 0 at least, '
+            f'not {directions}, {rings} and {width}'
         )
-    # (B, R, R, 1)
-    distance, angle = (t[..., None] for t in geometry(regions.boxes, regions.sizes))
-    step = 2 * math.pi / directions
-    # (B, R, R, directions)
-    gap = angle - step * torch.arange(directions, device=angle.device, dtype=angle.dtype)
-    # the short way round
-    gap = (gap + math.pi).remainder(2 * math.pi) - math.pi
-    towards = torch.exp(-0.5 * (gap / (step / 2)).square())
-    # no direction
-    towards = torch.where(distance < NEAR, math.sqrt(math.pi / 2) / directions, towards)
-    # (B, R, R, rings)
-    away = torch.exp(-0.5 * ((distance - distance.new_tensor(rings)) / width).square())
-    weight = (towards[..., None] * away[..., None, :]).flatten(-2)
-    return weight.masked_fill(~pairs(regions.boxes, regions.mask)[..., None], 0).to(
-        regions.features.dtype
-    )
+    distance, angle = geometry(regions.boxes, regions.sizes)  # (B, R, R) each
+    towards = _towards(distance, angle, directions)  # (B, R, R, directions)
+    away = _bump(distance[..., None] - distance.new_tensor(rings), width)  # (B, R, R, rings)
+    weight = (towards[..., :, None] * away[..., None, :]).flatten(-2)
+    may = pairs(regions.mask, regions.boxes)
+    return weight.masked_fill(~may[..., None], 0).to(regions.features.dtype)
 
 # %% ../nbs/14_spatial_graph.ipynb #spatial-graph-52
 SPATIAL_GRAPHS = {  # kind -> function, number of relations
