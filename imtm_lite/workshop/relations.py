@@ -79,7 +79,7 @@ def _check_relation(
         raise Mendable(f'rel_scores[{k}] is {score}: expected a number from 0 to 1')
 
 
-def _relations(detection: dict, predicates: int) -> list[tuple[list, int, float]]:
+def _checked_relations(detection: dict, predicates: int) -> list[tuple[list, int, float]]:
     "The pair of boxes, the label and the score of every relation, all of them checked."
     absent = [key for key in ('bbox', *_RELATION) if key not in detection]
     if absent:
@@ -121,7 +121,7 @@ def triples_from_detector(
     lost: Counter | None = None,  # counts what was dropped, and why
 ) -> list[list]:  # [subject row, predicate from 0, object row, confidence], best first
     "Triples of our layout from one picture's output of Scene-Graph-Benchmark."
-    relations = _relations(detection, predicates)
+    relations = _checked_relations(detection, predicates)
     bbox = _as_list(detection['bbox'])
     row = range(len(bbox)) if boxes is None else _nearest(bbox, boxes, min_iou)
     lost = Counter() if lost is None else lost
