@@ -31,6 +31,7 @@ from benchmarks.plain import PLAIN, form
 from imtm_lite.checkpoints import MODELS
 from imtm_lite.data import Batch, Split, batches, plan
 from imtm_lite.encoders import Codes, Matcher
+from imtm_lite.files import write_json
 from imtm_lite.losses import HardestBCE, Triplet
 from imtm_lite.models.ssamt import SSAMTIntra
 from imtm_lite.phrases import Entity, PhraseLabels, TextGraph
@@ -39,7 +40,6 @@ from imtm_lite.regions import Regions
 from imtm_lite.scoring import PeakBytes, pair_bytes, score, tile_shape
 from imtm_lite.text import Captions, Vocab
 from imtm_lite.workshop.cli import commit
-from imtm_lite.workshop.reproduce import write_json
 
 REGIONS = 36
 WORDS = 200
