@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from imtm_lite.checkpoints import build, load
+from imtm_lite.checkpoints import Loaded, build, load
 from imtm_lite.data import Split
 from imtm_lite.files import DataError, SettingError, shipped
+from imtm_lite.gallery import probe_accuracy, split_scores
 from imtm_lite.phrases import named_parser
 from imtm_lite.recall import evaluate
 from imtm_lite.recipes import arguments_for
 from imtm_lite.results import figure, made_by, read_experiment, table
 from imtm_lite.runs import Log, train
-from imtm_lite.scoring import probe_accuracy, split_scores
-from imtm_lite.text import Vocab
+from imtm_lite.text import Reader, Vocab
 from imtm_lite.workshop import experiments
 from imtm_lite.workshop.cli import main
 from imtm_lite.workshop.experiments import (
@@ -244,15 +244,15 @@ def check_figures(entry: dict, tiny: Experiment, place: Place):
     "They must be those of the run, measured again."
     run = run_folder(tiny, row_of(tiny, entry['name']), entry['seed'], place)
     test = Split(place.out / f'worlds/world{entry["seed"]}-40-10-10', 'test')
-    matcher = load(run)
-    scores = split_scores(matcher, test, matcher.vocab)
+    matcher, vocab, _ = load(run)
+    scores = split_scores(matcher, test, vocab)
     recall = evaluate(scores, torch.from_numpy(test.caption_image))
     assert entry['i2t'] == list(recall.i2t)
     assert entry['t2i'] == list(recall.t2i)
     assert entry['rsum'] == recall.rsum
     probes = dict(entry['probes'])
     probes.pop('chasing', None)
-    assert probes == pytest.approx(probe_accuracy(matcher, test, matcher.vocab))
+    assert probes == pytest.approx(probe_accuracy(matcher, test, vocab))
     curve = lines_with(run, 'dev')
     assert entry['dev'] == [dev['rsum'] for dev in curve]
     assert len(curve) == 1
@@ -669,9 +669,8 @@ def test_scales_and_blame_are_of_ssamt_alone(world, hire):
     words = Vocab.build(test.captions, 1)
     small = dict(region_width=128, words=len(words), width=8, heads=2, feedforward=16)
     matcher = build('ssamt', small).eval()
-    words.parser = named_parser('chunker')
-    matcher.vocab = words
-    scales = MEASURES['scales'](matcher, test, 0)['scales']
+    loaded = Loaded(matcher, Reader(words, named_parser('chunker')), {})
+    scales = MEASURES['scales'](loaded, test, 0)['scales']
     assert set(scales) == {'global', 'local', 'phrase'}
     for both_ways in scales.values():
         assert all(0 <= share <= 100 for share in both_ways)

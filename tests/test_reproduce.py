@@ -15,11 +15,11 @@ import torch
 from imtm_lite.checkpoints import load, read_checkpoint
 from imtm_lite.data import Split
 from imtm_lite.files import CheckpointError, SettingError
+from imtm_lite.gallery import split_scores
 from imtm_lite.recall import PROTOCOLS, Protocol, evaluate
 from imtm_lite.recipes import RECIPES
 from imtm_lite.results import ROWS, files_of, page, read_records, report
 from imtm_lite.runs import train
-from imtm_lite.scoring import split_scores
 from imtm_lite.workshop.cli import commit, main
 from imtm_lite.workshop.reproduce import (
     DRY,
@@ -43,6 +43,11 @@ QUIET = dict(device='cpu', progress=False)
 def as_json(value):
     "As it comes back from a file."
     return json.loads(json.dumps(value))
+
+
+def scores_of(run: Path, split: Split):
+    matcher, vocab, _ = load(run)
+    return split_scores(matcher, split, vocab)
 
 
 def rsum_of(scores, split: Split) -> float:
@@ -144,8 +149,7 @@ def test_an_ensemble_is_the_mean_of_the_score_matrices(world, tmp_path):
     for seed, run in enumerate(runs):
         train('scan', world, run, seed=seed, min_freq=2, **quick, **QUIET)
     test = Split(world, 'test')
-    matchers = list(map(load, runs))
-    first, second = (split_scores(matcher, test, matcher.vocab) for matcher in matchers)
+    first, second = (scores_of(run, test) for run in runs)
     assert not torch.equal(first, second)
     assert torch.equal(mean_scores(runs, test), (first + second) / 2)
     assert torch.equal(mean_scores(runs[:1], test), first)
@@ -188,10 +192,10 @@ def test_a_real_run_goes_from_the_files_to_the_page(world, tmp_path, small_row, 
     assert record['verdict'].startswith('below: ')
     assert read_records(out) == {'ssamt-f30k': as_json(record)}
     test = Split(world, 'test')
-    matcher = load(out / 'ssamt-f30k/seed1')
-    assert matcher.card['settings']['seed'] == 1
+    run = out / 'ssamt-f30k/seed1'
+    assert load(run).card['settings']['seed'] == 1
     rsums = [seed['rsum'] for seed in record['seeds']]
-    assert rsums[1] == rsum_of(split_scores(matcher, test, matcher.vocab), test)
+    assert rsums[1] == rsum_of(scores_of(run, test), test)
     [line] = [line for line in page(out).split('\n') if '`ssamt-f30k`' in line]
     assert '2 seeds, library' in line
     assert f'{np.mean(rsums):.1f} ±' in line
@@ -226,8 +230,7 @@ def test_ssamt_dry_run_with_seeds_and_an_ensemble(tmp_path):
     assert (runs / 'seed0/best.safetensors').stat().st_mtime_ns == stamp
     assert both['members'] == [0, 1]
     test = Split(tmp_path / 'dry-run/ssamt-coco-data', 'testall')
-    matchers = [load(runs / 'seed0'), load(runs / 'seed1')]
-    scores = [split_scores(matcher, test, matcher.vocab) for matcher in matchers]
+    scores = [scores_of(runs / name, test) for name in ('seed0', 'seed1')]
     assert both['rsum'] == rsum_of(torch.stack(scores).mean(0), test)
     # trains nothing
     two = reproduce('ssamt-coco-5k', seeds=2, **how)

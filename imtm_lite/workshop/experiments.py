@@ -19,7 +19,7 @@ __all__ = ['FOLDS', 'FOLD_DEV', 'DATA', 'RELATION_WORDINGS', 'RATES', 'CANDIDATE
            'measure_blame', 'mean_vectors', 'measure_first_look', 'percent', 'parser_of', 'marked_captions',
            'entity_spans', 'people_spans', 'measure_spans', 'in_common', 'units_of', 'equal_only', 'measure_labels',
            'label_errors', 'true_keys', 'keys_of', 'heads_of', 'count_common', 'count_line', 'measure_agreement',
-           'camp_released', 'ssamt_stages', 'systems', 'camp_rows', 'with_and_without', 'scale_columns', 'by_rate',
+           'camp_warm_start', 'ssamt_stages', 'systems', 'camp_rows', 'with_and_without', 'scale_columns', 'by_rate',
            'by_count', 'stage_folders', 'log_of', 'dev_curve', 'last_health', 'time_used', 'Watch', 'watched',
            'say_at_once', 'run_folder', 'claim_of', 'trained', 'empty_entry', 'run_row', 'history', 'default_results',
            'command_of', 'shared', 'budget_of', 'entries_of', 'keep', 'state', 'is_as_declared', 'claimed',
@@ -48,12 +48,14 @@ from torch import Tensor
 
 import imtm_lite
 from .. import __version__
-from ..checkpoints import build, check_arguments, load
-from ..data import FILES, Split, image_chunks, need, path_of
-from ..encoders import Codes, Matcher, masked_mean
-from ..explore import FirstLook, candidate_recall, ground
+from ..checkpoints import Loaded, build, check_arguments, load
+from ..data import FILES, Split, need, path_of
+from ..encoders import Codes, masked_mean
+from ..explain import blame_accuracy
+from ..explore import FirstLook, candidate_recall, gallery_codes, ground
 from ..files import DataError, Mendable, SettingError, said_as, write_json
-from ..models.ssamt import SSAMT, blame_accuracy, scale_accuracy
+from ..gallery import probe_answers, score_split
+from ..models.ssamt import SSAMT, scale_accuracy
 from imtm_lite.phrases import (
     ATTRIBUTE,
     OBJECT,
@@ -72,7 +74,7 @@ from ..recall import evaluate
 from ..recipes import arguments_for
 from ..results import RECALLS, made_by, read_experiment, table
 from ..runs import Log, train
-from ..scoring import encode, probe_answers, score, score_split
+from ..scoring import encode, score
 from ..semantic import corrupt_triples
 from ..text import Captions
 from .relations import write_triples
@@ -445,10 +447,10 @@ def probe_kinds(probe: dict) -> list[str]:
     return [kind]
 
 
-def probe_counts(matcher: Matcher, split: Split) -> dict[str, list[int]]:  # kind -> right, asked
+def probe_counts(loaded: Loaded, split: Split) -> dict[str, list[int]]:  # kind -> right, asked
     "Probes by kind; 'chasing' are those of who-does-what that are about it."
     counts = {}
-    for probe, right in probe_answers(matcher, split, matcher.vocab):
+    for probe, right in probe_answers(loaded.matcher, split, loaded.vocab):
         for kind in probe_kinds(probe):
             count = counts.setdefault(kind, [0, 0])
             count[0] += right
@@ -460,10 +462,11 @@ def percents(counts: dict[str, list[int]]) -> dict[str, float]:
     return {kind: 100 * right / asked for kind, (right, asked) in counts.items()}
 
 # %% ../../nbs/workshop/07_experiments.ipynb #experiments-21
-def measure_recall(matcher: Matcher, split: Split, seed: int) -> dict:
+def measure_recall(loaded: Loaded, split: Split, seed: int) -> dict:
     "Recall@K of the split, protocol plain; where a first look chose the pairs, how."
-    candidates = matcher.card['settings'].get('candidates')
-    scores, how = score_split(matcher, split, matcher.vocab, candidates=candidates)
+    matcher, vocab, card = loaded
+    candidates = card['settings'].get('candidates')
+    scores, how = score_split(matcher, split, vocab, candidates=candidates)
     recall = evaluate(scores, torch.from_numpy(split.caption_image))
     entries = dict(i2t=recall.i2t, t2i=recall.t2i, rsum=recall.rsum)
     if matcher.first_scores is not None:
@@ -471,27 +474,27 @@ def measure_recall(matcher: Matcher, split: Split, seed: int) -> dict:
     return entries
 
 
-def measure_probes(matcher: Matcher, split: Split, seed: int) -> dict:
+def measure_probes(loaded: Loaded, split: Split, seed: int) -> dict:
     "Percent right by kind, chance 50, and how many were asked."
     if split.probes is None:
         return {}
-    counts = probe_counts(matcher, split)
+    counts = probe_counts(loaded, split)
     asked = {kind: count for kind, (_, count) in counts.items()}
     return dict(probes=percents(counts), asked=asked)
 
 
-def measure_grounding(matcher: Matcher, split: Split, seed: int) -> dict:
+def measure_grounding(loaded: Loaded, split: Split, seed: int) -> dict:
     "Phrases that looked at a right region; nothing where there are no phrases or no attention."
     if split.phrases is None or split.boxes is None:
         return {}
     try:
-        return dict(grounding=ground(matcher, split)['all'])
+        return dict(grounding=ground(loaded.matcher, split, loaded.vocab)['all'])
     except ValueError:
         return {}
 
 
-def measure_size(matcher: Matcher, split: Split, seed: int) -> dict:
-    return dict(parameters=sum(weights.numel() for weights in matcher.parameters()))
+def measure_size(loaded: Loaded, split: Split, seed: int) -> dict:
+    return dict(parameters=sum(weights.numel() for weights in loaded.matcher.parameters()))
 
 # %% ../../nbs/workshop/07_experiments.ipynb #experiments-23
 RATES = (0.0, 0.2, 0.4, 0.6, 0.8)  # of triples that are replaced
@@ -511,37 +514,38 @@ def corrupted(split: Split, rate: float, seed: int) -> Split:
     return wrong
 
 
-def measure_tolerance(matcher: Matcher, split: Split, seed: int) -> dict:
+def measure_tolerance(loaded: Loaded, split: Split, seed: int) -> dict:
     "Recall and probes by the rate of corrupted triples."
     tolerance = {}
     for rate in RATES:
         wrong = corrupted(split, rate, seed)
-        entries = dict(rsum=measure_recall(matcher, wrong, seed)['rsum'])
+        entries = dict(rsum=measure_recall(loaded, wrong, seed)['rsum'])
         if split.probes is not None:
-            entries['probes'] = percents(probe_counts(matcher, wrong))
+            entries['probes'] = percents(probe_counts(loaded, wrong))
         tolerance[str(rate)] = entries
     return dict(tolerance=tolerance)
 
 # %% ../../nbs/workshop/07_experiments.ipynb #experiments-25
-def measure_scales(matcher: Matcher, split: Split, seed: int) -> dict:
+def measure_scales(loaded: Loaded, split: Split, seed: int) -> dict:
     "How often each scale of SSAMT alone tells a true pair from a wrong one, both ways; percent."
+    matcher, reader, _ = loaded
     if not isinstance(matcher, SSAMT):
         return {}
-    device = next(matcher.parameters()).device
-    images = encode(matcher.encode_images, image_chunks(split), device=device)
-    captions = split.encoded(matcher.vocab)[:]
-    graphs = [matcher.vocab.parser(text) for text in split.captions]
+    images = gallery_codes(matcher, split)
+    captions = split.encoded(reader)[:]
+    graphs = [reader.parser(text) for text in split.captions]
     labels = PhraseLabels(graphs, split.caption_image)
     image = torch.from_numpy(split.caption_image).long()
     accuracy = scale_accuracy(matcher, images, captions, image, labels, seed=seed)
     return dict(scales={scale: list(both_ways) for scale, both_ways in accuracy.items()})
 
 
-def measure_blame(matcher: Matcher, split: Split, seed: int) -> dict:
+def measure_blame(loaded: Loaded, split: Split, seed: int) -> dict:
     "How often the phrase that fits least is a culprit, by kind of probe; for SSAMT."
+    matcher, reader, _ = loaded
     if split.probes is None or not isinstance(matcher, SSAMT):
         return {}
-    return dict(blame=blame_accuracy(matcher, split))
+    return dict(blame=blame_accuracy(matcher, split, reader))
 
 # %% ../../nbs/workshop/07_experiments.ipynb #experiments-27
 CANDIDATE_COUNTS = (50, 100, 200, 400)
@@ -553,12 +557,13 @@ def mean_vectors(codes: Codes) -> Tensor:  # (N, D), unit length
 
 
 @torch.no_grad()
-def measure_first_look(matcher: Matcher, split: Split, seed: int) -> dict:
+def measure_first_look(loaded: Loaded, split: Split, seed: int) -> dict:
     "Percent of the exact first ten among so many candidates, for two kinds of first stage."
+    matcher, vocab, _ = loaded
     sentences = split.captions[:: max(1, len(split.captions) // 100)][:100]
-    asked = Captions.from_text(sentences, matcher.vocab)
+    asked = Captions.from_text(sentences, vocab)
     device = next(matcher.parameters()).device
-    images = encode(matcher.encode_images, image_chunks(split), device=device)
+    images = gallery_codes(matcher, split)
     captions = encode(matcher.encode_captions, [asked], device=device)
     exact = score(matcher, images, captions)  # (B, C)
     quick = {
@@ -794,7 +799,7 @@ SHORT_COLUMNS = (('rSum', 'rsum', 1), ('i2t R@1', 'i2t/0', 1), ('t2i R@1', 't2i/
 GROUNDING_COLUMNS = (('pointing', 'grounding/pointing', 1),)
 
 # %% ../../nbs/workshop/07_experiments.ipynb #experiments-32-b
-def camp_released(passes: int, size: int) -> tuple[dict, dict]:  # settings of two stages
+def camp_warm_start(passes: int, size: int) -> tuple[dict, dict]:  # settings of two stages
     "The release's warm start: half the passes for attention alone, half for gates and scores."
     first = passes // 2
     second = passes - first
@@ -820,7 +825,7 @@ def ssamt_stages(passes: int, size: int) -> tuple[dict, dict]:  # settings of tw
 def systems(passes: int, camp_size: int, ssamt_size: int) -> tuple[Trial, ...]:
     "All systems, a row each."
     released = dict(form='released', codes='unit', start='similarity')
-    warm_start = camp_released(passes, camp_size)
+    warm_start = camp_warm_start(passes, camp_size)
     camp = dict(criterion='bce', size=camp_size, lr=5e-4, soft_epochs=2)
     phases = ssamt_stages(passes, ssamt_size)
     towers = phases[0] | dict(epochs=passes)
@@ -1237,7 +1242,7 @@ def trained(
     tell,
     device: str,
     memory: int | None,
-) -> Matcher:
+) -> Loaded:
     "The best matcher of a row; goes on where an earlier call was interrupted."
     stages = stages_of(experiment, row)
     how = dict(data=data, seed=seed, resume=True, progress=progress, device=device, memory=memory)

@@ -26,10 +26,10 @@ from .. import __version__
 from ..checkpoints import check_fits, load
 from ..data import REQUIRED, Split, need, path_of
 from ..files import SettingError, write_json
+from ..gallery import split_scores
 from ..recall import PROTOCOLS, Protocol, evaluate
 from ..recipes import recipe, train_recipe
 from ..results import PARTNERS, PaperRow, files_of, find_row, needs_of, verdict
-from ..scoring import split_scores
 from ..world.write import write_world
 
 # %% ../../nbs/workshop/06_reproduce.ipynb #results-23
@@ -102,9 +102,10 @@ def mean_scores(
     "The mean of the score matrices of some runs."
     total = None
     for run in runs:
-        matcher = load(run, device)
-        check_fits(matcher, split)
-        scores = split_scores(matcher, split, matcher.vocab, memory=memory, progress=progress)
+        loaded = load(run, device)
+        check_fits(loaded, split)
+        matcher, vocab, _ = loaded
+        scores = split_scores(matcher, split, vocab, memory=memory, progress=progress)
         total = scores if total is None else total.add_(scores)
     return total.div_(len(runs))
 
