@@ -15,8 +15,7 @@ from torch import Tensor, nn
 def wrong_pairs(
     cost: Tensor,  # (B, B) cost of each pair
     same: Tensor,  # (B, B) True where picture and sentence belong together
-    # 1: over the sentences of a picture, 0: over the pictures of a sentence
-    dim: int,
+    dim: int,  # 1: over the sentences of a picture, 0: over the pictures of a sentence
     hardest: bool,  # the largest cost only, instead of the sum
 ) -> Tensor:  # (B,)
     "Cost of the wrong pairs along a row or column; right pairs cost nothing."
@@ -25,7 +24,10 @@ def wrong_pairs(
 
 # %% ../nbs/05_losses.ipynb #matching-losses-11
 class Triplet(nn.Module):
-    "Margin ranking loss, summed over the batch (VSE++, SCAN, CAMP: released code); pairs of the same picture are left out (ours)."
+    """Margin ranking loss, summed over the batch (VSE++, SCAN, CAMP: released code).
+
+    Pairs of the same picture are left out (ours).
+    """
 
     def __init__(self, *, margin: float = 0.2, hardest: bool = True):
         super().__init__()
@@ -39,9 +41,9 @@ class Triplet(nn.Module):
         rows = (self.margin + scores - right[:, None]).clamp(min=0)
         # picture i against sentence j's own
         columns = (self.margin + scores - right[None, :]).clamp(min=0)
-        return (
-            wrong_pairs(rows, same, 1, self.hardest) + wrong_pairs(columns, same, 0, self.hardest)
-        ).sum()
+        of_pictures = wrong_pairs(rows, same, 1, self.hardest)
+        of_sentences = wrong_pairs(columns, same, 0, self.hardest)
+        return (of_pictures + of_sentences).sum()
 
     def collapse(self, size: int) -> float:
         "The loss of a batch in which all scores are equal, hardest negatives: 2 B margin."
@@ -49,7 +51,10 @@ class Triplet(nn.Module):
 
 # %% ../nbs/05_losses.ipynb #matching-losses-15
 class HardestBCE(nn.Module):
-    "CAMP's BCE-h on scores in (0, 1), with the authors' correction (released code); pairs of the same picture are left out (ours)."
+    """CAMP's BCE-h on scores in (0, 1), with the authors' correction (released code).
+
+    Pairs of the same picture are left out (ours).
+    """
 
     def __init__(self, *, hardest: bool = True):
         super().__init__()
@@ -63,12 +68,15 @@ class HardestBCE(nn.Module):
         wrong = -(1 - m).log()
         if not self.hardest:
             return right.mean() + wrong.masked_fill(same, 0).mean()
-        return (
-            2 * right + wrong_pairs(wrong, same, 1, True) + wrong_pairs(wrong, same, 0, True)
-        ).sum()
+        of_pictures = wrong_pairs(wrong, same, 1, True)
+        of_sentences = wrong_pairs(wrong, same, 0, True)
+        return (2 * right + of_pictures + of_sentences).sum()
 
     def collapse(self, size: int) -> float:
-        "The smallest loss of a batch in which all scores are equal, hardest negatives: 4 B ln 2, at one half."
+        """The smallest loss of a batch in which all scores are equal, hardest negatives.
+
+        That is 4 B ln 2, at one half.
+        """
         return 4 * size * math.log(2)
 
 # %% ../nbs/05_losses.ipynb #matching-losses-22
@@ -77,14 +85,11 @@ def collapsed(
     criterion,  # the `Triplet` or `HardestBCE` that gave them
     *,
     last: int = 50,  # how many batches must agree
-    # relative distance that still counts as the collapsed value
-    tolerance: float = 0.005,
+    tolerance: float = 0.005,  # relative distance that still counts as the collapsed value
 ) -> bool:
     "Whether training is stuck where all scores are equal."
-    value = criterion.collapse(1)
     recent = per_item[-last:]
-    return (
-        criterion.hardest
-        and len(recent) == last
-        and all(abs(x - value) < tolerance * value for x in recent)
-    )
+    if not criterion.hardest or len(recent) < last:
+        return False
+    value = criterion.collapse(1)
+    return all(abs(loss - value) < tolerance * value for loss in recent)
