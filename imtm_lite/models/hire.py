@@ -9,7 +9,7 @@ __all__ = ['ORDERS', 'Hire']
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention import RELEASED
+from ..attention import SCAN_TEMPERATURES
 from .cmsei import CMSEI
 from ..reasoning import ImplicitReasoning
 
@@ -46,8 +46,8 @@ class Hire(CMSEI):
         object_word: bool = True,
         object_sentence: bool = True,
         word_image: bool = True,
-        temperature: float = RELEASED['t2i'],
-        object_temperature: float = RELEASED['i2t'],
+        temperature: float = SCAN_TEMPERATURES['t2i'],
+        object_temperature: float = SCAN_TEMPERATURES['i2t'],
     ):
         given = {k: v for k, v in locals().items() if k not in ('self', '__class__')}
         if order not in ORDERS:
