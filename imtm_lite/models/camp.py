@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from ..attention import weighted_norm
 from ..encoders import Codes, Matcher, RegionEncoder, masked_mean, text_encoder
 from ..gating import FUSIONS, GATES, GatedFusion, form_messages, unit_messages
-from ..messages import MESSAGES, TINY, AttentionPool, TwoLevels, VectorPool, unit
+from imtm_lite.messages import (
+    MESSAGES,
+    TINY,
+    AttentionPool,
+    TwoLevels,
+    VectorPool,
+    unit_as_released,
+)
 from ..regions import Regions
 from ..text import Captions
 
@@ -237,7 +244,7 @@ class CAMP(CAMPEncoders):
     def summary(self, x: Codes, y: Codes, fusion: GatedFusion | None, pool) -> Tensor:
         "Each item of x as one vector, as it looks after hearing from each item of y."
         vector = pool(self.fused(x, y, fusion), x.mask[:, None])
-        return unit(vector) if self.released else vector
+        return unit_as_released(vector) if self.released else vector
 
     def match(self, images: Codes, captions: Codes) -> Tensor:  # (B, C)
         v = self.summary(images, captions, self.image_fusion, self.image_pool)
