@@ -19,16 +19,17 @@ FUSIONS = ('sum', 'concat', 'product')
 
 
 class GatedFusion(nn.Module):
-    "CAMP's gated fusion for one receiving side: gate, linear, ReLU, residual (CAMP, eq. 5 to 9)."
+    """CAMP's gated fusion for one receiving side (CAMP, eq. 5 to 9).
+
+    Gate, linear layer, ReLU, residual.
+    """
 
     def __init__(
         self,
         width: int,  # joint width D
-        # 'elementwise' (paper), 'scalar' (released) or 'none'
         *,
-        gate: str = 'elementwise',
-        # 'sum' (paper), 'concat' (released) or 'product'
-        fusion: str = 'sum',
+        gate: str = 'elementwise',  # (paper), 'scalar' (released) or 'none'
+        fusion: str = 'sum',  # (paper), 'concat' (released) or 'product'
         residual: bool = True,  # add the vector itself at the end
         gate_scale: float = 1.0,  # of the scalar gate's dot product; 1 as released
     ):
@@ -42,27 +43,28 @@ class GatedFusion(nn.Module):
         self.residual = residual
         self.gate_scale = gate_scale
         self.linear = nn.Linear(2 * width if fusion == 'concat' else width, width, bias=False)
-        nn.init.uniform_(
-            self.linear.weight, -((3 / width) ** 0.5), (3 / width) ** 0.5
-        )  # as released
+        bound = (3 / width) ** 0.5  # as released
+        nn.init.uniform_(self.linear.weight, -bound, bound)
 
-    # W_v and W_m, both (D, D); the same matrix when summing
-    def halves(self) -> tuple[Tensor, Tensor]:
-        "The layer's part for the vector and its part for the message."
+    def halves(self) -> tuple[Tensor, Tensor]:  # W_v and W_m, both (D, D)
+        "The layer's part for the vector and for the message; when summing, one and the same."
         if self.fusion == 'concat':
             return self.linear.weight.chunk(2, dim=1)
         return self.linear.weight, self.linear.weight
 
-    # W_v x: once per receiving item
     def receive(self, x: Tensor) -> Tensor:
+        "W_v x: once per receiving item."
         return x @ self.halves()[0].T
 
-    # W_m y: once per sending item
     def send(self, y: Tensor) -> Tensor:
+        "W_m y: once per sending item."
         return y @ self.halves()[1].T
 
     def joined(self, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:  # (X, Y, L, D)
-        "What the ReLU sees, with every message formed: where the gate or the product acts on each dimension."
+        """What the ReLU sees, with every message formed.
+
+        For a gate or a product that acts on each dimension.
+        """
         message = form_messages(weights, y)
         vector = x[:, None]
         if self.gate == 'elementwise':
@@ -75,12 +77,16 @@ class GatedFusion(nn.Module):
             return self.linear(gate * (vector + message))
         if self.fusion == 'product':
             return self.linear(gate * (vector * message))
-        return (gate * vector) @ self.halves()[0].T + (gate * message) @ self.halves()[1].T
+        return self.receive(gate * vector) + self.send(gate * message)
 
-    # (X, Y, L, D)
     def joined_split(
-        self, x: Tensor, received: Tensor, y: Tensor, sent: Tensor, weights: Tensor
-    ) -> Tensor:
+        self,
+        x: Tensor,  # (X, L, D)
+        received: Tensor,  # (X, L, D)
+        y: Tensor,  # (Y, K, D)
+        sent: Tensor,  # (Y, K, D)
+        weights: Tensor,  # (X, Y, L, K)
+    ) -> Tensor:  # (X, Y, L, D)
         "The same without forming a message: the layer has been applied before, to each side."
         joined = received[:, None] + form_messages(weights, sent)
         if self.gate == 'none':
@@ -93,15 +99,13 @@ class GatedFusion(nn.Module):
             return scalar_gate(x, y, weights, self.gate_scale)
         return torch.sigmoid(x[:, None] * form_messages(weights, y)).mean(-1)
 
-    # (X, L, D) receiving vectors, and `receive` of them
     def forward(
         self,
-        x: Tensor,
-        received: Tensor,
-        y: Tensor,
-        sent: Tensor,  # (Y, K, D) sending vectors, and `send` of them
-        # (X, Y, L, K) of the messages over the sending vectors
-        weights: Tensor,
+        x: Tensor,  # (X, L, D) receiving vectors
+        received: Tensor,  # (X, L, D) `receive` of them
+        y: Tensor,  # (Y, K, D) sending vectors
+        sent: Tensor,  # (Y, K, D) `send` of them
+        weights: Tensor,  # (X, Y, L, K) of the messages over the sending vectors
     ) -> Tensor:  # (X, Y, L, D)
         "Fused vectors of all pairs."
         if self.gate == 'elementwise' or self.fusion == 'product':
@@ -133,6 +137,9 @@ def scalar_gate(
     weights: Tensor,  # (X, Y, L, K)
     scale: float = 1.0,  # of the dot product
 ) -> Tensor:  # (X, Y, L)
-    "How far the gate of each position opens: sigmoid of vector times message (CAMP, released code)."
+    """How far the gate of each position opens (CAMP, released code).
+
+    The sigmoid of the dot product of vector and message.
+    """
     dots = torch.einsum('xld,ykd->xylk', x, y)
     return torch.sigmoid(scale * (dots * weights).sum(-1))
