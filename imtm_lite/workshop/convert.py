@@ -32,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 from imtm_lite.data import (
-    TOLERANCE,
+    BOX_TOLERANCE,
     Split,
     need,
     open_array,
@@ -948,7 +948,7 @@ def misfits(
 ) -> int:  # pictures
     "How many pictures have a box that leaves them, or is inside out."
     edge = np.tile(sizes, 2)[:, None]  # (N, 1, 4)
-    wrong = ((boxes < -TOLERANCE) | (boxes > edge + TOLERANCE)).any(-1) | (
+    wrong = ((boxes < -BOX_TOLERANCE) | (boxes > edge + BOX_TOLERANCE)).any(-1) | (
         boxes[..., :2] > boxes[..., 2:]
     ).any(-1)
     return int(wrong.any(1).sum())
