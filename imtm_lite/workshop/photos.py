@@ -9,6 +9,7 @@ __all__ = ['PICTURE_ENDINGS', 'picture_files', 'upright', 'Detector', 'name_capt
 import hashlib
 import re
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -166,7 +167,9 @@ def _pixels(
     return edges * torch.tensor(2 * size, device=box.device)
 
 # %% ../../nbs/workshop/03_photos.ipynb #photos-19
-def name_caption(name: str) -> str:  # name: a path inside the folder
+def name_caption(
+    name: str,  # a path inside the folder
+) -> str:
     "The words of a file name."
     words = re.findall(r'[^\W_]+', Path(name).stem)
     return ' '.join(words) or 'picture'
@@ -249,7 +252,7 @@ def _write_texts(
     "Ids and captions of pictures that have a row, names of those that were left out, the detector."
     ids = list(captions)
     write_text(path_of(out, split, 'ids'), ids)
-    write_text(path_of(out, split, 'captions'), (text for name in ids for text in captions[name]))
+    write_text(path_of(out, split, 'captions'), chain.from_iterable(captions.values()))
     write_caption_image(out, split, [len(captions[name]) for name in ids])
     if notes:
         lines = (f'{_shown(name)}\t{why}' for name, why in notes.items())
