@@ -15,12 +15,12 @@ import torch
 from imtm_lite.checkpoints import build, load
 from imtm_lite.data import Split
 from imtm_lite.files import SettingError, shipped
+from imtm_lite.gallery import probe_accuracy, split_scores
 from imtm_lite.phrases import named_parser
 from imtm_lite.recall import evaluate
 from imtm_lite.recipes import arguments_for
 from imtm_lite.results import figure, made_by, read_experiment, table
 from imtm_lite.runs import Log
-from imtm_lite.scoring import probe_accuracy, split_scores
 from imtm_lite.text import Vocab
 from imtm_lite.workshop import experiments
 from imtm_lite.workshop.cli import main
@@ -207,9 +207,9 @@ def test_a_tiny_experiment_runs_is_skipped_when_done_and_makes_its_table(tiny, t
         row = next(r for r in tiny.rows if r.name == made['name'])
         folder = run_folder(tiny, row, made['seed'], place)
         test = Split(tmp_path / f"out/worlds/world{made['seed']}-40-10-10", 'test')
-        matcher = load(folder)
+        matcher, vocab, card = load(folder)
         found = evaluate(
-            split_scores(matcher, test, matcher.vocab), torch.from_numpy(test.caption_image)
+            split_scores(matcher, test, vocab), torch.from_numpy(test.caption_image)
         )
         assert (
             made['i2t'] == list(found.i2t)
@@ -221,7 +221,7 @@ def test_a_tiny_experiment_runs_is_skipped_when_done_and_makes_its_table(tiny, t
             == [line['dev']['rsum'] for line in Log(folder / 'log.jsonl').lines() if 'dev' in line]
             and len(made['dev']) == 1
         )
-        accuracy = probe_accuracy(matcher, test, matcher.vocab)
+        accuracy = probe_accuracy(matcher, test, vocab)
         assert {k: v for k, v in made['probes'].items() if k != 'chasing'} == pytest.approx(
             accuracy
         )
@@ -715,7 +715,7 @@ def test_scales_and_blame_are_of_ssamt_alone(world, hire):
     small = dict(region_width=128, words=len(words), width=8, heads=2, feedforward=16)
     matcher = build('ssamt', small).eval()
     words.parser = named_parser('chunker')
-    matcher.vocab = words
+    vocab = words
     found = MEASURES['scales'](matcher, test, 0)['scales']
     assert set(found) == {'global', 'local', 'phrase'} and all(
         0 <= x <= 100 for way in found.values() for x in way

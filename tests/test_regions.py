@@ -79,18 +79,18 @@ def test_iou_properties(dtype):
     # 1 on itself, 0 where empty
     torch.testing.assert_close(overlap.diagonal(dim1=1, dim2=2), full.to(overlap.dtype))
     assert not overlap[~full].any() and not overlap.mT[~full].any()
-    assert iou(boxes[0, :2], boxes[0, :5]).shape == (2, 5) and iou(
-        boxes[0, :0], boxes[0]
-    ).shape == (0, 30)
+    assert iou(boxes[0, :2], boxes[0, :5]).shape == (2, 5)
+    assert iou(boxes[0, :0], boxes[0]).shape == (0, 30)
 
 
 def test_iou_equals_counting_cells():
     g = torch.Generator().manual_seed(1)
     boxes = torch.randint(0, 12, (25, 4), generator=g)
     x = torch.arange(12)
-    inside = lambda lo, hi: (x >= lo[:, None]) & (x < hi[:, None])
-    cells = inside(boxes[:, 1], boxes[:, 3])[:, :, None] & inside(boxes[:, 0], boxes[:, 2])[:, None]
-    cells = cells.flatten(1).double()
+    x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
+    columns = (x >= x0) & (x < x1)
+    rows = (x >= y0) & (x < y1)
+    cells = (rows[:, :, None] & columns[:, None]).flatten(1).double()
     shared = cells @ cells.T
     union = cells.sum(1)[:, None] + cells.sum(1) - shared
     torch.testing.assert_close(iou(boxes.double(), boxes.double()), shared / union.clamp(min=1))
@@ -119,15 +119,11 @@ def test_clipping_and_normalising():
 def test_bundle_takes_items():
     b = Bundle(a=torch.arange(12.0).view(4, 3), label=torch.arange(4), none=None)
     assert len(b) == 4 and dict(b.items()).keys() == {'a', 'label'}
-    assert (
-        b[1:3].label.tolist() == [1, 2]
-        and b[-1].label.tolist() == [3]
-        and b[torch.tensor(2)].a.shape == (1, 3)
-    )
-    assert b[torch.tensor([3, 0])].label.tolist() == [3, 0] and b[b.label > 1].label.tolist() == [
-        2,
-        3,
-    ]
+    assert b[1:3].label.tolist() == [1, 2]
+    assert b[-1].label.tolist() == [3]
+    assert b[torch.tensor(2)].a.shape == (1, 3)
+    assert b[torch.tensor([3, 0])].label.tolist() == [3, 0]
+    assert b[b.label > 1].label.tolist() == [2, 3]
     assert [len(one) for one in b] == [1] * 4 and len(b[4:]) == 0
     with pytest.raises(IndexError):
         b[4]
@@ -140,9 +136,8 @@ def test_bundle_takes_items():
 
 
 def test_bundle_to():
-    b = Bundle(
-        a=torch.ones(2), mask=torch.ones(2, dtype=torch.bool), label=torch.ones(2, dtype=torch.long)
-    )
+    mask = torch.ones(2, dtype=torch.bool)
+    b = Bundle(a=torch.ones(2), mask=mask, label=torch.ones(2, dtype=torch.long))
     for half in (
         b.to(torch.float16),
         b.to('cpu', torch.float16),
@@ -152,22 +147,20 @@ def test_bundle_to():
 
 
 def test_bundle_cat_pads_every_other_dimension():
-    parts = [
-        Bundle(words=torch.ones(n, t, w), mask=torch.ones(n, t, dtype=torch.bool))
-        for n, t, w in [(2, 3, 1), (1, 5, 4), (3, 1, 2)]
-    ]
-    joined = Bundle.cat(parts)
+    sizes = [(2, 3, 1), (1, 5, 4), (3, 1, 2)]
+    bundles = []
+    for n, t, w in sizes:
+        mask = torch.ones(n, t, dtype=torch.bool)
+        bundles.append(Bundle(words=torch.ones(n, t, w), mask=mask))
+    joined = Bundle.cat(bundles)
     assert joined.words.shape == (6, 5, 4) and joined.mask.sum(1).tolist() == [3, 3, 5, 1, 1, 1]
     start = 0
-    for part in parts:
-        n, t, w = part.words.shape
-        assert (
-            joined[start : start + n].words[:, :t, :w].eq(1).all()
-            and joined[start : start + n].words.sum() == n * t * w
-        )
+    for n, t, w in sizes:
+        words = joined[start : start + n].words
+        assert words[:, :t, :w].eq(1).all() and words.sum() == n * t * w
         start += n
     with pytest.raises(ValueError, match='fields differ'):
-        Bundle.cat([parts[0], Bundle(words=torch.ones(1, 2, 2))])
+        Bundle.cat([bundles[0], Bundle(words=torch.ones(1, 2, 2))])
 
 
 def test_regions_mask_and_optional_fields():
@@ -176,14 +169,11 @@ def test_regions_mask_and_optional_fields():
     r = Regions(features=features, labels=torch.ones(3, 4, dtype=torch.long))
     assert r.mask.sum(1).tolist() == [4, 2, 4] and r.boxes is None and r.sizes is None
     assert isinstance(r[1:], Regions) and torch.equal(r[1:].mask, r.mask[1:])
-    joined = Regions.cat(
-        [r, Regions(features=torch.rand(1, 6, 5), labels=torch.ones(1, 6, dtype=torch.long))]
-    )
-    assert (
-        isinstance(joined, Regions)
-        and joined.mask.sum(1).tolist() == [4, 2, 4, 6]
-        and joined.labels[0].tolist() == [1] * 4 + [-1] * 2
-    )
+    wide = Regions(features=torch.rand(1, 6, 5), labels=torch.ones(1, 6, dtype=torch.long))
+    joined = Regions.cat([r, wide])
+    assert isinstance(joined, Regions)
+    assert joined.mask.sum(1).tolist() == [4, 2, 4, 6]
+    assert joined.labels[0].tolist() == [1] * 4 + [-1] * 2
     with pytest.raises(AttributeError):
         r.label
 

@@ -16,6 +16,7 @@ import torch
 from imtm_lite.checkpoints import load, read_checkpoint
 from imtm_lite.data import Split
 from imtm_lite.files import CheckpointError, DataError, SettingError
+from imtm_lite.gallery import split_scores
 from imtm_lite.recall import PROTOCOLS, Protocol, evaluate
 from imtm_lite.recipes import RECIPES
 from imtm_lite.results import (
@@ -23,8 +24,10 @@ from imtm_lite.results import (
     ROWS,
     compare,
     elsewhere,
+    files,
     find_row,
     listing,
+    needs,
     page,
     read_records,
     report,
@@ -32,7 +35,6 @@ from imtm_lite.results import (
     verdict,
 )
 from imtm_lite.runs import train
-from imtm_lite.scoring import split_scores
 from imtm_lite.workshop.cli import commit, main
 from imtm_lite.workshop.reproduce import (
     DRY,
@@ -40,10 +42,8 @@ from imtm_lite.workshop.reproduce import (
     PICTURES,
     differences,
     dry_data,
-    files,
     hours,
     mean_scores,
-    needs,
     open_splits,
     record_path,
     reproduce,

@@ -45,9 +45,11 @@ from .. import __version__
 from ..checkpoints import build, check_arguments, load
 from ..data import FILES, Split, image_chunks, need, path_of
 from ..encoders import Codes, Matcher, masked_mean
+from ..explain import blame_accuracy
 from ..explore import FirstLook, candidate_recall, ground
 from ..files import CheckpointError, DataError, SettingError
-from ..models.ssamt import SSAMT, blame_accuracy, scale_accuracy
+from ..gallery import probe_answers, score_split
+from ..models.ssamt import SSAMT, scale_accuracy
 from imtm_lite.phrases import (
     ATTRIBUTE,
     OBJECT,
@@ -66,7 +68,7 @@ from ..recall import evaluate
 from ..recipes import arguments_for
 from ..results import RECALLS, made_by, read_experiment, table
 from ..runs import Log, train
-from ..scoring import encode, probe_answers, score, score_split
+from ..scoring import encode, score
 from ..semantic import corrupt_triples
 from ..text import Captions
 from .relations import write_triples

@@ -26,10 +26,10 @@ from .. import __version__
 from ..checkpoints import check_fits, load
 from ..data import REQUIRED, Split, need, path_of
 from ..files import SettingError
+from ..gallery import split_scores
 from ..recall import PROTOCOLS, check_protocol, evaluate
 from ..recipes import recipe, train_recipe
 from ..results import PARTNERS, Row, files, find_row, needs, verdict
-from ..scoring import split_scores
 from ..world.write import write_world
 
 # %% ../../nbs/workshop/06_reproduce.ipynb #results-23
