@@ -40,8 +40,7 @@ from ..recipes import recipe, train_recipe
 from ..runs import Log, say_scored
 from . import experiments
 from .check import check as check_data
-from .convert import CONVERTERS
-from .convert import convert as convert_files
+from .convert import CONVERTERS, convert_files
 from .course import course_app
 from .photos import write_photos
 from .relations import RelationPrior, write_triples
