@@ -26,7 +26,7 @@ from imtm_lite.world.scenes import (
     COLOURS,
     FAMILY,
     POSES,
-    SIZES,
+    THING_SIZES,
     Scene,
     Thing,
     detect,
@@ -62,7 +62,7 @@ def roi_align(
     )
 
 # %% ../../nbs/world/02_detector.ipynb #regions-38
-ATTRIBUTES = dict(colour=tuple(COLOURS), size=tuple(SIZES), pose=POSES, facing=('left', 'right'))
+ATTRIBUTES = dict(colour=tuple(COLOURS), size=tuple(THING_SIZES), pose=POSES, facing=('left', 'right'))
 # look alike from both sides, or nearly
 SYMMETRIC = ('table', 'tree', 'flower', 'sun', 'cloud', 'kite', 'ball', 'hat', 'box')
 
