@@ -129,7 +129,7 @@ def make_room(
 
 # %% ../nbs/workshop/00_files.ipynb #files-14
 def shipped(name: str) -> Path:  # of a file or folder in imtm_lite/shipped
-    "Something that comes with the library; relative to the working directory where that is shorter."
+    "Something that comes with the library; from the working directory where that is shorter."
     path = Path(str(files('imtm_lite') / 'shipped' / name))
     if not path.exists():
         there = ', '.join(sorted(p.name for p in path.parent.iterdir()))

@@ -208,7 +208,7 @@ def bare_word(word: str) -> str:
 
 @lru_cache(100_000)
 def lemma(word: str) -> str:
-    "The word as a dictionary lists it, by tables and endings; perhaps no word where no table helps."
+    "The word as a dictionary lists it, by tables and endings; the latter may make no word."
     word = bare_word(word)
     if word in NOUN_FORMS:
         return NOUN_FORMS[word]

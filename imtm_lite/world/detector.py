@@ -42,7 +42,7 @@ def roi_align(
     *,
     samples: int = 2,  # points along each side of a bin
 ) -> Tensor:  # (B, R, C, size, size)
-    """RoIAlign (He et al., 2017), not rounded: the mean of `samples`² bilinear readings in each bin.
+    """RoIAlign (He et al., 2017): the mean of `samples`² bilinear readings in each bin, unrounded.
 
     A point outside the map reads the nearest edge cell."""
     H, W = maps.shape[-2:]

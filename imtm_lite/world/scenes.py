@@ -1185,7 +1185,7 @@ def holds(
     sentence: Sentence,  # what is claimed
     scene: Scene,  # any scene
 ) -> bool:
-    "Can every phrase have a thing of its own such that all that is said is true? Numbers are exact."
+    "Can all that is said be true, each phrase with a thing of its own? Numbers are exact."
     options = []
     for mention in sentence.mentions:
         options.append(_ways(mention, scene))
@@ -1437,7 +1437,7 @@ def _background(rng, scene):
     return x0, y0, x1, y1
 
 # %% ../../nbs/world/01_scenes.ipynb #scenes-164
-def _nearest(scene):
+def _nearest_other(scene):
     "For every thing the row of its nearest other."
     centres = np.array([_centre(thing) for thing in scene.things])
     apart = np.linalg.norm(centres[:, None] - centres, axis=-1)
@@ -1445,8 +1445,8 @@ def _nearest(scene):
 
 
 def _relations(scene):
-    "A sparse scene graph: actions, contacts, and for every thing its direction to the nearest other."
-    nearest = _nearest(scene)
+    "A sparse scene graph: actions, contacts, and of every thing its direction to the nearest."
+    nearest = _nearest_other(scene)
     contacts = []
     for i, predicate, j in spatial_facts(scene):
         if predicate in SUPPORTS:
@@ -1502,7 +1502,7 @@ def detect(
     regions: int = 12,  # rows, always exactly so many
     noise: Noise = Noise(),
 ) -> Detection:
-    "A detector's view: boxes that shake, come twice, are missing or show nothing, and some triples."
+    "A detector's view: boxes that shake, come twice, are missing or show nothing; and triples."
     rng = np.random.default_rng([seed, 3])
     seen = [i for i in range(len(scene.things)) if rng.random() >= noise.missed]
     rows = [_row(rng, scene, i, noise, 0.6, 1) for i in seen]
