@@ -50,6 +50,7 @@ def sample():
         ('running runs ran run', 'run'),
         ('riding rides rode ridden', 'ride'),
         ('carries carried carrying', 'carry'),
+        ('takes took taken', 'take'),
         ('men man', 'man'),
         ('puppies puppy', 'puppy'),
         ('boxes', 'box'),
