@@ -49,10 +49,9 @@ from imtm_lite.data import (
     read_header,
     read_lines,
 )
-from ..files import DataError, said_as, whole
+from ..files import DataError, make_room, npy_header, said_as, whole
 from ..regions import iou
 from .relations import detector_size, triples_from_detector, triples_from_names
-from ..world.write import make_room, npy_header
 
 # %% ../../nbs/workshop/02_convert.ipynb #convert-07
 def write_text(path: Path, lines: Iterable[str]) -> None:
