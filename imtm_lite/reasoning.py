@@ -13,12 +13,16 @@ from torch import Tensor, nn
 from .encoders import masked_mean
 
 # %% ../nbs/16_graph_reasoning.ipynb #graph-reasoning-16
-# least length to divide by: PyTorch's own, 1e-12, is 0 in float16, and padding would become 0 / 0
+# least length to divide by: PyTorch's own, 1e-12, is 0 in float16, and padding becomes 0 / 0
 EPS = 1e-6
 
 # %% ../nbs/16_graph_reasoning.ipynb #graph-reasoning-17
 class RelationalConvolution(nn.Module):
-    "Mean of the neighbours' messages, a matrix per relation mixed from a few shared ones (R-GCN, Schlichtkrull et al. 2018), plus an embedding of the relation. After CMSEI; equation ours."
+    """Mean of the neighbours' messages, a matrix per relation mixed from a few shared ones.
+
+    As in R-GCN (Schlichtkrull et al. 2018), plus an embedding of the relation. After CMSEI;
+    equation ours.
+    """
 
     def __init__(
         self,
@@ -30,7 +34,8 @@ class RelationalConvolution(nn.Module):
         super().__init__()
         if min(relations, bases) < 1:
             raise ValueError(
-                f'a convolution needs at least one relation and one basis, not {relations} and {bases}'
+                'a convolution needs at least one relation and one basis, '
+                f'not {relations} and {bases}'
             )
         # B_1 .. B_n, one below the other
         self.send = nn.Linear(width, bases * width, bias=False)
@@ -49,9 +54,10 @@ class RelationalConvolution(nn.Module):
             raise ValueError(
                 f'a graph of {graph.shape[-1]} relations for a layer of {len(self.mix)}'
             )
-        # (B, R, bases, D)
-        sent = self.send(v).unflatten(-1, (-1, v.shape[-1]))
-        return torch.einsum('bijc,bjcd->bid', graph @ self.mix, sent) + graph.sum(2) @ self.edge
+        sent = self.send(v).unflatten(-1, (-1, v.shape[-1]))  # (B, R, bases, D)
+        of_senders = torch.einsum('bijc,bjcd->bid', graph @ self.mix, sent)
+        of_relations = graph.sum(2) @ self.edge
+        return of_senders + of_relations
 
     def update(self, v: Tensor, m: Tensor) -> Tensor:  # (B, R, D), (B, R, D) -> (B, R, D)
         "What a region adds to itself for what it received."
@@ -66,16 +72,16 @@ class RelationalConvolution(nn.Module):
         "Mean of the messages, ReLU, linear, residual; a region without an edge stays as it is."
         graph = graph.to(v.dtype)
         degree = graph.sum((2, 3)).clamp(min=1)[..., None]  # (B, R, 1)
-        return (
-            F.normalize(
-                v + self.update(v, F.relu(self.messages(v, graph) / degree)), dim=-1, eps=EPS
-            )
-            * mask[..., None]
-        )
+        received = F.relu(self.messages(v, graph) / degree)
+        changed = v + self.update(v, received)
+        return F.normalize(changed, dim=-1, eps=EPS) * mask[..., None]
 
 # %% ../nbs/16_graph_reasoning.ipynb #graph-reasoning-26
 class GatedReasoning(RelationalConvolution):
-    "The same messages, let in by an element-wise gate that sees vector and message (as in gated graph networks, Li et al. 2016; equation ours)."
+    """The same messages, let in by an element-wise gate that sees vector and message.
+
+    As in gated graph networks (Li et al. 2016); equation ours.
+    """
 
     def __init__(
         self,
@@ -85,12 +91,12 @@ class GatedReasoning(RelationalConvolution):
         bases: int = 4,  # shared matrices that every relation mixes
     ):
         super().__init__(width, relations, bases=bases)
-        # U_v beside U_m, and b
-        self.gate = nn.Linear(2 * width, width)
+        self.gate = nn.Linear(2 * width, width)  # U_v beside U_m, and b
 
     def update(self, v: Tensor, m: Tensor) -> Tensor:  # (B, R, D), (B, R, D) -> (B, R, D)
         "What a region adds to itself for what it received."
-        return torch.sigmoid(self.gate(torch.cat([v, m], -1))) * self.out(m)
+        gate = torch.sigmoid(self.gate(torch.cat([v, m], -1)))
+        return gate * self.out(m)
 
 # %% ../nbs/16_graph_reasoning.ipynb #graph-reasoning-28
 # both: (width, relations, bases=4)
@@ -98,7 +104,10 @@ REASONING = {'convolution': RelationalConvolution, 'gated': GatedReasoning}
 
 # %% ../nbs/16_graph_reasoning.ipynb #graph-reasoning-34
 class MaskedAttention(nn.Module):
-    "Multi-head scaled dot-product attention: the vectors of x ask, those of y answer; projections without bias."
+    """Multi-head scaled dot-product attention: the vectors of x ask, those of y answer.
+
+    Its projections have no bias.
+    """
 
     def __init__(
         self,
@@ -110,9 +119,13 @@ class MaskedAttention(nn.Module):
         if heads < 1 or width % heads:
             raise ValueError(f'{heads} heads cannot share a width of {width}')
         self.heads = heads
-        self.query, self.key, self.value, self.out = (
-            nn.Linear(width, width, bias=False) for _ in range(4)
-        )
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def by_head(self, z: Tensor) -> Tensor:  # (N, L, D) -> (N, heads, L, D / heads)
+        return z.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def forward(
         self,
@@ -122,23 +135,23 @@ class MaskedAttention(nn.Module):
         bias: Tensor | None = None,  # (N, heads, L, K) added to the logits
     ) -> Tensor:  # (N, L, D); zeros where nothing may be attended
         "Weighted means of the values of y, for every vector of x."
-        q, k, u = (
-            f(z).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for f, z in ((self.query, x), (self.key, y), (self.value, y))
-        )
-        # may it look anywhere?
-        some = mask.any(-1, keepdim=True)
-        may = (mask | ~some).unsqueeze(-3)  # (N, 1, L, K)
-        # (N, heads, L, K)
+        q = self.by_head(self.query(x))
+        k = self.by_head(self.key(y))
+        u = self.by_head(self.value(y))
+        looks = mask.any(-1, keepdim=True)  # may it look anywhere?
+        may = (mask | ~looks).unsqueeze(-3)  # (N, 1, L, K)
         if bias is not None:
-            may = bias.to(q.dtype).masked_fill(~may, -torch.inf)
-        # (N, heads, L, D / heads)
-        found = F.scaled_dot_product_attention(q, k, u, attn_mask=may)
-        return self.out(found.transpose(1, 2).flatten(2)) * some
+            may = bias.to(q.dtype).masked_fill(~may, -torch.inf)  # (N, heads, L, K)
+        mixed = F.scaled_dot_product_attention(q, k, u, attn_mask=may)  # (N, heads, L, D / heads)
+        return self.out(mixed.transpose(1, 2).flatten(2)) * looks
 
 # %% ../nbs/16_graph_reasoning.ipynb #graph-reasoning-38
 class ImplicitReasoning(nn.Module):
-    "Every region attends to every region of its picture; a graph may bias it by a learned scalar per relation and head (after ReGAT's label bias, but unmasked and per head). After Hire; equation ours."
+    """Every region attends to every region of its picture; a graph may bias the attention.
+
+    The bias is a learned scalar per relation and head (after ReGAT's label bias, but unmasked and
+    per head). After Hire; equation ours.
+    """
 
     def __init__(
         self,
@@ -155,8 +168,7 @@ class ImplicitReasoning(nn.Module):
         self.attend = MaskedAttention(width, heads=heads)
         self.bias = nn.Parameter(torch.zeros(relations, heads)) if relations else None
         self.centred = centred
-        # starts as the identity
-        nn.init.zeros_(self.attend.out.weight)
+        nn.init.zeros_(self.attend.out.weight)  # starts as the identity
 
     def logits(self, graph: Tensor | None) -> Tensor | None:  # (B, R, R, K) -> (B, heads, R, R)
         "What the graph adds to the attention's logits."
