@@ -694,7 +694,7 @@ def _decode(text: bytes, dtype: str, n: int) -> np.ndarray:  # (n, ...)
     return numbers.reshape(n, -1)
 
 
-def _check_finite(row: dict):
+def _refuse_infinite(row: dict):
     if not all(np.isfinite(array).all() for array in row.values()):
         raise ValueError('a number that is not finite')
 
@@ -705,7 +705,7 @@ def _tsv_arrays(cells: dict[str, bytes]) -> dict[str, np.ndarray]:
         row = {key: _decode(cells[key], kind, n) for key, kind in _ENCODED.items() if key in cells}
     if row['boxes'].shape[1] != 4:
         raise ValueError(f'{row["boxes"].size} box numbers for {n} boxes')
-    _check_finite(row)
+    _refuse_infinite(row)
     for key in ('labels', 'scores'):
         if key in row:
             row[key] = row[key][:, 0]
@@ -753,7 +753,7 @@ def npz_row(path: Path) -> dict:  # as `tsv_row`
         row = _npz_arrays(file, path)
         size = int(file['image_w']), int(file['image_h'])
     _check_rows(row)
-    _check_finite(row)
+    _refuse_infinite(row)
     return dict(image_id=path.stem, size=size, **row)
 
 # %% ../../nbs/workshop/02_convert.ipynb #convert-54
@@ -1107,7 +1107,7 @@ def _misfits_of(boxes: np.ndarray, sizes: np.ndarray, order: str, step: int = 10
     return sum(misfits(boxes[rows][..., BOX_ORDERS[order]], sizes[rows]) for rows in slices)
 
 
-def _check_boxes(path: Path, boxes: np.ndarray, sizes: np.ndarray, order: str):
+def _check_gsmn(path: Path, boxes: np.ndarray, sizes: np.ndarray, order: str):
     if len(boxes) != len(sizes):
         raise DataError(
             path,
@@ -1163,7 +1163,7 @@ def _convert_boxes_of(
         return f'{split}: there already'
     boxes = open_array(path, 'f', ('N', 'R', 4))
     sizes = read_sizes(path.with_name(f'{split}_ims_size.npy'))
-    _check_boxes(path, boxes, sizes, order)
+    _check_gsmn(path, boxes, sizes, order)
     if pictures:
         _compare_sizes(path, image_ids(out, split), sizes, pictures, read_names(names))
     columns = dict(boxes=(boxes.shape[1:], 'f4'), sizes=((2,), 'i4'))
