@@ -40,8 +40,7 @@ from rich.table import Table
 from rich.text import Text
 
 import imtm_lite
-from ..files import DataError, SettingError
-from .reproduce import write_json
+from ..files import DataError, SettingError, write_json
 
 # %% ../../nbs/workshop/05_course.ipynb #course-08
 # cells with cell_type, id, metadata, source; the notebook's metadata
