@@ -306,7 +306,7 @@ def convert_command(
     ),
     names: Path = typer.Option(
         None,
-        help='what pictures are called whose ids are numbers: id_mapping.json, or the karpathy file',
+        help='what pictures with numbers for ids are called: id_mapping.json, or the karpathy file',
     ),
 ):
     """Convert the field's files: captions of Karpathy's JSON, bottom-up tables or .npz files,
@@ -414,7 +414,7 @@ CAN_BE_NONE = ('per_image', 'updates', 'instances', 'candidates')
 
 
 def parse_setting(name: str, text: str):
-    "A setting as typed: a number, a truth value, a name, none; a list by commas; by '/' a stage each."
+    "A setting as typed: number, truth value, name, none; a list by commas; by '/' a stage each."
     if '/' in text:
         return [parse_setting(name, piece) for piece in text.split('/')]
     if name in TUPLES:
