@@ -16,6 +16,7 @@ __all__ = ['app', 'RUN', 'DATA_FOLDER', 'AUTO_OR_CPU', 'PRECISION', 'SAVE_EVERY'
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -710,7 +711,7 @@ def whole_numbers(text: str | None) -> list[int] | None:  # '0,1' -> [0, 1]
     if text is None:
         return None
     numbers = [number.strip() for number in text.split(',')]
-    if not all(number.isdigit() for number in numbers):
+    if not all(re.fullmatch(r'-?\d+', number) for number in numbers):
         raise SettingError(f'seeds are whole numbers with commas between, not {text!r}')
     return [int(number) for number in numbers]
 
