@@ -22,12 +22,12 @@ from ..data import Split, image_chunks, need
 from ..encoders import Matcher
 from ..explore import Hit, draw_rankings, ground, search, unknown_words
 from ..files import CheckpointError, DataError, SettingError, said_as, write_json
+from ..gallery import probe_accuracy, score_split
 from ..health import health, health_sample
 from ..processes import Processes
 from ..recall import check_protocol, evaluate
 from ..recipes import recipe, train_recipe
 from ..runs import Log
-from ..scoring import probe_accuracy, score_split
 from .printing import commit
 from .relations import RelationPrior, write_triples
 from ..world.write import write_world
