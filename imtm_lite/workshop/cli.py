@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'RUN', 'DATA_FOLDER', 'AUTO_OR_CPU', 'PRECISION', 'SAVE_EVERY', 'SCORING_MEMORY', 'JSON_FILE', 'NEEDED',
-           'TUPLES', 'CAN_BE_NONE', 'SETTING_HELP', 'imtm', 'main', 'only_typed', 'as_bytes', 'tell', 'installed',
+           'OWN_OPTIONS', 'ON_COMMAND_LINE', 'imtm', 'main', 'only_typed', 'as_bytes', 'tell', 'installed',
            'look_at_python', 'look_at_package', 'look_at_torchtext', 'look_at_processor', 'look_at_detector',
            'look_at_disk', 'findings', 'look_around', 'show_alarms', 'doctor_command', 'shape_option', 'shape_of',
            'world_command', 'check_command', 'convert_command', 'regions_command', 'check_cuda', 'triples_command',
@@ -28,6 +28,7 @@ from pathlib import Path
 import typer
 
 from ..files import DataError, Mendable, SettingError, said_as, shipped, write_json
+from ..settings import NAMED, in_words, kind_of
 from .course import course_app
 from imtm_lite.workshop.printing import (
     commit,
@@ -319,7 +320,7 @@ def convert_command(
 
     imtm convert entities flickr30k_entities --out data/f30k
     """
-    from imtm_lite.workshop.convert import convert
+    from imtm_lite.workshop.convert import convert_files
 
     options = only_typed(
         per_image=per_image,
@@ -332,7 +333,7 @@ def convert_command(
         min_iou=min_iou,
         names=names,
     )
-    for line in convert(kind, sources, out, progress=True, **options):
+    for line in convert_files(kind, sources, out, progress=True, **options):
         print(line)
     print(f'look at it with: imtm check {out}')
 
@@ -410,17 +411,14 @@ def triples_command(
     print(f'{data}: {", ".join(written)}')
 
 # %% ../../nbs/workshop/09_command_line.ipynb #cli-16
-TUPLES = ('decay_at', 'frozen')  # settings that are lists with commas
-CAN_BE_NONE = ('per_image', 'updates', 'instances', 'candidates')
-
-
 def parse_setting(name: str, text: str):
     "A setting as typed: number, truth value, name, none; a list by commas; by '/' a stage each."
     if '/' in text:
         return [parse_setting(name, piece) for piece in text.split('/')]
-    if name in TUPLES:
+    _, optional, several = kind_of(NAMED[name]) if name in NAMED else (None, False, False)
+    if several:
         return tuple(parse_setting('', piece) for piece in text.split(',') if piece)
-    if name in CAN_BE_NONE and text == 'none':
+    if optional and text == 'none':
         return None
     try:
         return json.loads({'True': 'true', 'False': 'false'}.get(text, text))
@@ -441,36 +439,15 @@ def parse_argument(text: str) -> tuple[str, object]:
     return name, parse_setting(name, value)
 
 # %% ../../nbs/workshop/09_command_line.ipynb #cli-17
-SETTING_HELP = {
-    'epochs': 'epochs',
-    'size': 'pairs in a batch, of all processes together',
-    'lr': 'learning rate',
-    'per_image': 'captions of an image in an epoch, none: all',
-    'distinct': 'no image twice in a batch: true or false',
-    'criterion': 'triplet or bce',
-    'margin': 'of the triplet loss',
-    'soft_epochs': 'first epochs with all negatives',
-    'optimizer': 'adam, adamw or sgd',
-    'weight_decay': 'weight decay',
-    'clip': 'largest gradient norm',
-    'schedule': 'steps or linear',
-    'warmup': 'steps of warm-up',
-    'updates': 'end after so many steps, none: after epochs',
-    'accumulate': 'batches a step',
-    'instances': 'regions and tokens of a batch, instead of size; none: size counts',
-    'drop_regions': 'share of regions hidden in training, e.g. .2',
-    'drop_words': 'share of words made unknown in training',
-    'candidates': 'of a first look, on the dev split, where a model has one; 0: score every pair',
-    'text_rate': 'factor on the rate of a pretrained text model',
-    'decay_at': 'epochs at which the rate falls, e.g. 10,15',
-    'decay': 'by which factor',
-    'frozen': 'parameters not to train, by prefix, e.g. words,regions',
-    'min_freq': 'rarer words become `<unk>`',
-}
+# what has an option of its own, because it says how and where rather than what
+OWN_OPTIONS = ('seed', 'precision')
+ON_COMMAND_LINE = tuple(name for name in NAMED if name not in OWN_OPTIONS)
 
 
 def setting_option(name: str):
-    return typer.Option(None, help=SETTING_HELP[name], show_default="the preset's")
+    one = NAMED[name]
+    what = one.metadata['what'].replace('<unk>', '`<unk>`')
+    return typer.Option(None, help=f'{what}; {in_words(one)}', show_default="the preset's")
 
 
 def with_settings(command: Callable) -> Callable:
@@ -478,7 +455,7 @@ def with_settings(command: Callable) -> Callable:
 
     @wraps(command)
     def run_command(**words):
-        typed = only_typed(**{name: words.pop(name) for name in SETTING_HELP})
+        typed = only_typed(**{name: words.pop(name) for name in ON_COMMAND_LINE})
         settings = {name: parse_setting(name, text) for name, text in typed.items()}
         return command(**words, settings=settings)
 
@@ -487,7 +464,7 @@ def with_settings(command: Callable) -> Callable:
         if name != 'settings':
             parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY))
             continue
-        for setting in SETTING_HELP:
+        for setting in ON_COMMAND_LINE:
             how = dict(default=setting_option(setting), annotation=str)
             parameters.append(Parameter(setting, Parameter.KEYWORD_ONLY, **how))
     run_command.__signature__ = Signature(parameters)
@@ -680,11 +657,11 @@ def reproduce_command(
 
     imtm reproduce camp-f30k --data data/f30k_precomp --seeds 3 --precision bf16
     """
-    from imtm_lite.results import find_row, listing, report
+    from imtm_lite.results import find_row, list_paper_rows, report
     from imtm_lite.workshop.reproduce import record_path, reproduce
 
     if row is None:
-        return print(listing())
+        return print(list_paper_rows())
     record = reproduce(
         row,
         data,
@@ -757,7 +734,7 @@ def experiment_command(
     from imtm_lite.workshop import experiments
 
     if name is None:
-        return print(experiments.listing())
+        return print(experiments.list_experiments())
     chosen = None if rows is None else [row.strip() for row in rows.split(',')]
     place = dict(out=out, results=results_, split=split, rows=chosen)
     numbers = whole_numbers(seeds)

@@ -17,12 +17,11 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints import check_fits, load
+from ..checkpoints import Loaded, check_fits, load
 from ..data import Split, image_chunks, need
-from ..encoders import Matcher
 from ..explore import Hit, draw_rankings, ground, search, unknown_words
 from ..files import CheckpointError, DataError, SettingError, said_as, write_json
-from ..gallery import probe_accuracy, score_split
+from ..gallery import Alone, probe_accuracy, score_split
 from ..health import health, health_sample
 from ..processes import Processes
 from ..recall import check_protocol, evaluate
@@ -38,17 +37,17 @@ def open_run(
     data: Path,  # folder in the layout
     split: str,
     device: str | torch.device = 'cpu',
-) -> tuple[Matcher, Split]:
+) -> tuple[Loaded, Split]:
     "A trained matcher and the data that it is tried on."
-    matcher = load(run, device)
+    loaded = load(run, device)
     pictures = Split(data, split)
-    check_fits(matcher, pictures)
-    return matcher, pictures
+    check_fits(loaded, pictures)
+    return loaded, pictures
 
 # %% ../../nbs/workshop/08_walks.ipynb #walks-08
-def model_of(matcher: Matcher) -> dict:
+def model_of(card: dict) -> dict:
     "Which model, and the seed of its training."
-    return dict(model=matcher.card['model'], seed=matcher.card['settings']['seed'])
+    return dict(model=card['model'], seed=card['settings']['seed'])
 
 
 def measured_on(split: Split) -> dict:
@@ -74,23 +73,25 @@ def measured_title(record: dict) -> str:
 
 # %% ../../nbs/workshop/08_walks.ipynb #walks-10
 def figures(
-    matcher: Matcher,
+    loaded: Loaded,
     split: Split,
     protocol: str = 'plain',
     memory: int | None = None,  # bytes for tiles of pairs
     candidates: int | None = None,  # of a first look, where the model has one
+    processes: Alone | None = None,  # who shares the work
 ) -> dict:  # i2t, t2i, rsum; how it was scored, if that can differ; probes, if there are any
     "Everything `imtm eval` reports."
     with said_as(SettingError, ValueError):
         check_protocol(protocol, split.n_images, len(split.captions))
-    how = dict(memory=memory, candidates=candidates, progress=True)
-    scores, scored = score_split(matcher, split, matcher.vocab, **how)
+    matcher, vocab, _ = loaded
+    how = dict(memory=memory, candidates=candidates, processes=processes, progress=True)
+    scores, scored = score_split(matcher, split, vocab, **how)
     recall = evaluate(scores, torch.from_numpy(split.caption_image), protocol)
     result = dict(i2t=recall.i2t, t2i=recall.t2i, rsum=recall.rsum)
     if matcher.first_scores is not None:
         result['scored'] = scored
     if split.probes:
-        result['probes'] = probe_accuracy(matcher, split, matcher.vocab)
+        result['probes'] = probe_accuracy(matcher, split, vocab)
     return result
 
 # %% ../../nbs/workshop/08_walks.ipynb #walks-12
@@ -105,20 +106,19 @@ def evaluate_run(
 ) -> dict | None:  # the record; None in a process that does not speak
     "What a trained model is worth on a split."
     group = Processes.launched(device)
-    matcher, pictures = open_run(run, data, split, group.device)
-    matcher.processes = group
-    result = figures(matcher, pictures, protocol, memory, candidates)
+    loaded, pictures = open_run(run, data, split, group.device)
+    result = figures(loaded, pictures, protocol, memory, candidates, group)
     if not group.main:
         return None
-    return result | model_of(matcher) | measured_on(pictures) | dict(protocol=protocol)
+    return result | model_of(loaded.card) | measured_on(pictures) | dict(protocol=protocol)
 
 # %% ../../nbs/workshop/08_walks.ipynb #walks-14
 def ground_run(run: Path, data: Path, split: str = 'test') -> dict:
     "Whether phrases looked at the right region, and on what that was measured."
-    matcher, pictures = open_run(run, data, split)
+    loaded, pictures = open_run(run, data, split)
     with said_as(SettingError, ValueError):
-        grounding = ground(matcher, pictures, progress=True)
-    return dict(grounding=grounding) | model_of(matcher) | measured_on(pictures)
+        grounding = ground(loaded.matcher, pictures, loaded.vocab, progress=True)
+    return dict(grounding=grounding) | model_of(loaded.card) | measured_on(pictures)
 
 # %% ../../nbs/workshop/08_walks.ipynb #walks-16
 EPOCHS_SHOWN = 6  # columns of the table: the last ones
@@ -148,8 +148,9 @@ def run_health(
     "The last epochs of a run in figures."
     columns = dict(list(logged_health(run).items())[-EPOCHS_SHOWN:])
     if data is not None:
-        matcher, dev = open_run(run, data, 'dev')
-        columns['best now'] = health(matcher, *health_sample(dev, matcher.vocab))
+        loaded, dev = open_run(run, data, 'dev')
+        regions, captions = health_sample(dev, loaded.vocab)
+        columns['best now'] = health(loaded.matcher, regions, captions)
     latest = list(columns.values())[-1] if columns else {}
     if 'score_difference' not in latest:
         raise CheckpointError(
@@ -159,12 +160,13 @@ def run_health(
     return columns
 
 # %% ../../nbs/workshop/08_walks.ipynb #walks-18
-def save_rankings(matcher: Matcher, split: Split, sentences: dict, out: Path, **how) -> None:
+def save_rankings(loaded: Loaded, split: Split, sentences: dict, out: Path, **how) -> None:
     "Draw what sentences find, into a file; no window is opened."
     import matplotlib
 
     matplotlib.use('Agg')
-    draw_rankings(matcher, split, sentences, **how).savefig(out, dpi=150)
+    figure = draw_rankings(loaded.matcher, split, loaded.vocab, sentences, **how)
+    figure.savefig(out, dpi=150)
 
 
 def search_run(
@@ -177,14 +179,15 @@ def search_run(
     candidates: int | None = None,  # score only so many, chosen by a first look
 ) -> tuple[list[Hit], list[str]]:  # the pictures, best first; words that the model does not know
     "Find the pictures that fit a sentence, and draw them."
-    matcher, pictures = open_run(run, data, split)
+    loaded, pictures = open_run(run, data, split)
+    matcher, vocab, _ = loaded
     if not sentence.strip():
         example = '"a white dog is running"'
         raise SettingError(f'the sentence is empty: say what to look for, e.g. {example}')
     with said_as(SettingError, ValueError):
-        hits = search(matcher, pictures, sentence, top=top, candidates=candidates)
-    save_rankings(matcher, pictures, {sentence: None}, out, top=top, found={sentence: hits})
-    return hits, unknown_words(sentence, matcher.vocab)
+        hits = search(matcher, pictures, vocab, sentence, top=top, candidates=candidates)
+    save_rankings(loaded, pictures, {sentence: None}, out, top=top, hits={sentence: hits})
+    return hits, unknown_words(sentence, vocab)
 
 # %% ../../nbs/workshop/08_walks.ipynb #walks-20
 def check_like(split: Split, source: Split) -> None:
@@ -320,9 +323,9 @@ def run_demo(
     results = {}
     for name in models:
         train_recipe(name, world, out / name, **how)
-        matcher = load(out / name)
-        results[name] = figures(matcher, test)
-    save_rankings(matcher, test, demo_sentences(test), out / 'ranking.png')
+        loaded = load(out / name)
+        results[name] = figures(loaded, test)
+    save_rankings(loaded, test, demo_sentences(test), out / 'ranking.png')
     record = demo_record(out, test, seed, results) | dict(seconds=round(time.time() - began, 1))
     write_json(out / 'results.json', record)
     return record
