@@ -14,7 +14,7 @@ from imtm_lite.checkpoints import read_checkpoint
 from imtm_lite.data import Split
 from imtm_lite.recall import PROTOCOLS
 from imtm_lite.recipes import RECIPES
-from imtm_lite.runs import LEARNING
+from imtm_lite.settings import NAMED
 from imtm_lite.workshop import cli, printing
 from imtm_lite.workshop.convert import CONVERTERS
 from imtm_lite.world.scenes import Noise
@@ -110,10 +110,8 @@ def test_help_names_what_there_is():
 
 
 def test_every_setting_of_training_is_an_option():
-    own = {'seed', 'precision'}  # of the command, because a preset does not have them
-    assert set(cli.SETTING_HELP) == set(LEARNING) - own
     names = {p.name for p in COMMANDS['train'].params}
-    assert names >= set(LEARNING) and 'settings' not in names
+    assert names >= set(NAMED) and 'settings' not in names
 
 
 def test_unknown_words_are_not_lost_in_the_help():
