@@ -9,6 +9,8 @@ config = ConfigParser(delimiters=['='], interpolation=None)
 config.read(here / 'settings.ini', encoding='utf-8')
 s = config['DEFAULT']
 
+EXTRAS = ('dev', 'transformers', 'spacy', 'course', 'grading')
+
 setup(
     name=s['lib_name'], version=s['version'], description=s['description'], keywords=s['keywords'],
     author=s['author'], author_email=s['author_email'], url=s['git_url'], license='Apache-2.0',
@@ -16,7 +18,6 @@ setup(
     long_description_content_type='text/markdown',
     packages=find_packages(include=['imtm_lite', 'imtm_lite.*']),
     python_requires=f">={s['min_python']}", install_requires=s['requirements'].split(),
-    extras_require={'dev': s['dev_requirements'].split(), 'transformers': s['transformers_requirements'].split(), 'spacy': s['spacy_requirements'].split(),
-                    'grading': s['grading_requirements'].split()},
+    extras_require={extra: s[f'{extra}_requirements'].split() for extra in EXTRAS},
     entry_points={'console_scripts': [s['console_scripts']]}, zip_safe=False,
 )

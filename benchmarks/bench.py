@@ -28,18 +28,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plain import PLAIN, form
-from imtm_lite.checkpoints import MODELS
-from imtm_lite.data import Batch, Split, batches, plan
+from imtm_lite.checkpoints import MODELS, TASKS
+from imtm_lite.data import Batch, Split, batch_plan, batches
 from imtm_lite.encoders import Codes, Matcher
+from imtm_lite.files import write_json
 from imtm_lite.losses import HardestBCE, Triplet
-from imtm_lite.models.ssamt import SSAMTIntra
+from imtm_lite.models.ssamt import PhraseTask, SSAMTIntra
 from imtm_lite.phrases import Entity, PhraseLabels, TextGraph
 from imtm_lite.recall import evaluate
 from imtm_lite.regions import Regions
 from imtm_lite.scoring import PeakBytes, pair_bytes, score, tile_shape
+from imtm_lite.tasks import Task
 from imtm_lite.text import Captions, Vocab
 from imtm_lite.workshop.cli import commit
-from imtm_lite.workshop.reproduce import write_json
 
 REGIONS = 36
 WORDS = 200
@@ -114,14 +115,23 @@ def build(name: str, width: int, region_width: int = 64) -> Matcher:
     return matcher.eval()
 
 
-def training_matcher(name: str, width: int, size: int, region_width: int = 64) -> Matcher:
+def training_task(
+    name: str,
+    width: int,
+    size: int,
+    region_width: int = 64,
+    device: str = 'cpu',
+    memory: int | None = None,
+) -> Task:
     "The matcher of a row with its loss, ready for `training_batch`."
-    matcher = build(name, width, region_width).train()
-    matcher.criterion = HardestBCE() if form(name)[0] == 'camp' else Triplet()
-    if form(name)[0] == 'ssamt':
-        matcher.intra.requires_grad_(False)  # phase 1 is over
-        matcher.labels = PhraseLabels([graph(c) for c in range(size)], range(size))
-    return matcher
+    model, _ = form(name)
+    matcher = build(name, width, region_width).train().to(device)
+    criterion = HardestBCE() if model == 'camp' else Triplet()
+    if model != 'ssamt':
+        return TASKS.get(model, Task)(matcher, criterion, memory=memory)
+    matcher.intra.requires_grad_(False)  # phase 1 is over
+    labels = PhraseLabels([graph(c) for c in range(size)], range(size))
+    return PhraseTask(matcher, criterion, labels=labels, memory=memory)
 
 
 def graph(c: int) -> TextGraph:
@@ -408,8 +418,8 @@ def training(width: int, rounds: int, size: int) -> list[dict]:
     batch = training_batch(size)
     steps = {}
     for name in TRAINED:
-        matcher = training_matcher(name, width, size)
-        steps[name] = lambda m=matcher: m(batch)['total'].backward()
+        task = training_task(name, width, size)
+        steps[name] = lambda task=task: task(batch)['total'].backward()
     found = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
@@ -512,7 +522,7 @@ def loader(n: int, rounds: int, workers: int = 2) -> list[dict]:
                 len(batch)
 
         def plain_epoch():
-            for rows in plan(split, **order):
+            for rows in batch_plan(split, **order):
                 plain.batch(rows)
 
         # reads the file into memory

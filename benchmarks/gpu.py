@@ -26,12 +26,13 @@ from benchmarks.bench import (
     madds,
     scored_madds,
     training_batch,
-    training_matcher,
+    training_task,
 )
 from imtm_lite.data import Batch
 from imtm_lite.encoders import Codes, Matcher
 from imtm_lite.recipes import RECIPES
 from imtm_lite.scoring import score
+from imtm_lite.tasks import Task
 
 F30K = 29_000  # training pictures, five captions each
 TOKENS = 14  # of a caption, on average
@@ -173,8 +174,9 @@ def scored(
 class Trainer:
     "Steps of Adam on one batch."
 
-    def __init__(self, matcher: Matcher, batch: Batch, device: str, precision: torch.dtype):
-        self.matcher = matcher
+    def __init__(self, task: Task, batch: Batch, device: str, precision: torch.dtype):
+        self.task = task
+        matcher = task.matcher
         self.batch = batch
         self.device = device
         self.precision = precision
@@ -184,10 +186,10 @@ class Trainer:
 
     def step(self) -> Tensor:  # the loss
         with torch.autocast(self.device, self.precision, enabled=self.precision != torch.float32):
-            loss = self.matcher(self.batch)['total']
+            loss = self.task(self.batch)['total']
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.matcher.parameters(), 2.0)
+        torch.nn.utils.clip_grad_norm_(self.task.matcher.parameters(), 2.0)
         self.optimiser.step()
         return loss.detach()
 
@@ -214,8 +216,8 @@ def training(
             rows.append(about | dict(note='not run: no time left'))
             continue
         try:
-            matcher = training_matcher(name, width, size, region_width).to(device)
-            trainer = Trainer(matcher, batch, device, precision)
+            task = training_task(name, width, size, region_width, device)
+            trainer = Trainer(task, batch, device, precision)
             rows.append(about | trained(name, trainer, steps, seconds, size, peaks[precision]))
         except torch.cuda.OutOfMemoryError as fault:
             rows.append(about | dict(note=f'out of memory: {str(fault)[:80]}'))
@@ -230,13 +232,13 @@ def trained(
     figures = {}
     began = time.perf_counter()
     # every tile computed a second time in the backward pass
-    trainer.matcher.memory = 0
+    trainer.task.memory = 0
     # what the optimiser keeps is there from now on
     first = float(trainer.step())
     if name in TILED:
         figures['peak_mb_recomputed'] = memory_of(trainer.step, device)
         figures['note'] = 'tiles of 32 x 16 pairs, kept up to 8 GiB, then recomputed'
-    trainer.matcher.memory = None  # the budget of `match_by_length`
+    trainer.task.memory = None  # the budget of `match_by_length`
     figures['peak_mb'] = memory_of(trainer.step, device)
     trainer.step()
     wait(device)
@@ -246,7 +248,7 @@ def trained(
         losses.append(float(trainer.step()))
     a_step = (time.perf_counter() - start) / len(losses)
     # operations; backward there are twice as many
-    forward = 2 * madds(lambda: trainer.matcher(trainer.batch))
+    forward = 2 * madds(lambda: trainer.task(trainer.batch))
     return figures | dict(
         steps=len(losses),
         first_loss=first,

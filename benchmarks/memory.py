@@ -10,26 +10,24 @@ import time
 
 import torch
 
-from benchmarks.bench import training_batch, training_matcher
+from benchmarks.bench import training_batch, training_task
 from imtm_lite.data import Batch
-from imtm_lite.encoders import Matcher
 from imtm_lite.scoring import PeakBytes
+from imtm_lite.tasks import Task
 from imtm_lite.workshop.cli import commit
 
 FORMS = ('camp', 'camp scalar gates', 'camp released', 'camp stage 1')
 
 
 def step(
-    matcher: Matcher,
+    task: Task,
     batch: Batch,
-    memory: int,  # bytes that tiles may keep
 ) -> tuple[int, float]:  # peak bytes, seconds of processor time
     "One step, without the optimizer."
-    matcher.memory = memory
     began = time.process_time()
     with PeakBytes() as counted:
-        matcher(batch)['total'].backward()
-    matcher.zero_grad()
+        task(batch)['total'].backward()
+    task.matcher.zero_grad()
     return counted.peak, time.process_time() - began
 
 
@@ -50,9 +48,10 @@ def main(argv: list[str] | None = None):
         f'{torch.get_num_threads()} threads, torch {torch.__version__}, imtm_lite {commit()}'
     )
     for name in a.form:
-        matcher = training_matcher(name, a.width, a.batch, a.region_width)
+        task = training_task(name, a.width, a.batch, a.region_width)
         for keep in a.keep:
-            peak, seconds = step(matcher, batch, int(keep * 2**30))
+            task.memory = int(keep * 2**30)
+            peak, seconds = step(task, batch)
             print(
                 f'{name}, tiles may keep {keep:g} GiB: peak {peak / 2**20:,.0f} MiB, '
                 f'{seconds:.0f} s of processor time',

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAD', 'START', 'END', 'UNK', 'SPECIALS', 'tokenize', 'count_tokens', 'torchtext_vocab', 'Vocab', 'need_transformers',
-           'pretrained', 'Pieces', 'vocabulary', 'Captions', 'phrase_tokens']
+           'pretrained', 'Pieces', 'vocabulary', 'Captions', 'Reader', 'phrase_tokens']
 
 # %% ../nbs/02_text.ipynb #text-imports
 import json
@@ -12,11 +12,13 @@ import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from importlib import metadata
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from .files import SettingError, said_as
 from .regions import Bundle
 
 # %% ../nbs/02_text.ipynb #text-09
@@ -26,7 +28,10 @@ _TOKEN = re.compile(r"\w+(?:'\w+)*|[^\w\s]")
 def tokenize(
     caption: str,  # one sentence
 ) -> list[str]:  # lower-case words (inner apostrophes stay) and single punctuation marks
-    "Cut a caption into tokens. Every white-space word gives at least one token, and no token crosses white space."
+    """Cut a caption into tokens.
+
+    Every white-space word gives at least one token, and no token crosses white space.
+    """
     return _TOKEN.findall(caption.lower().replace('’', "'"))
 
 # %% ../nbs/02_text.ipynb #text-20
@@ -38,24 +43,30 @@ def count_tokens(
     captions: Iterable[str],  # sentences
 ) -> Counter:  # how often each token was seen
     "Count the tokens of all captions."
-    return Counter(t for caption in captions for t in tokenize(caption))
+    return Counter(token for caption in captions for token in tokenize(caption))
 
 # %% ../nbs/02_text.ipynb #text-21
+def _installed(package: str) -> str:
+    "The version of a package, or 'none'."
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return 'none'
+
+
 def torchtext_vocab(
     captions: Iterable[str],  # sentences of the training split
     min_freq: int = 4,  # rarer words become <unk>
 ):  # a `torchtext.vocab.Vocab` with our four special tokens first
-    "The same vocabulary as `Vocab.build`, made by torchtext 0.6.0. Imported here and nowhere else."
-    from importlib import metadata
+    """The same vocabulary as `Vocab.build`, made by torchtext 0.6.0.
 
-    try:
-        found = metadata.version('torchtext')
-    except metadata.PackageNotFoundError:
-        found = 'none'
+    It is imported here and nowhere else.
+    """
+    version = _installed('torchtext')
     # later releases are compiled for one torch and fail on import beside another
-    if found != '0.6.0':
+    if version != '0.6.0':
         raise ImportError(
-            f'torchtext_vocab needs torchtext 0.6.0, found {found}: '
+            f'torchtext_vocab needs torchtext 0.6.0, found {version}: '
             'pip install torchtext==0.6.0 (Vocab.build does the same without it)'
         )
     from torchtext.vocab import Vocab as TorchtextVocab
@@ -64,20 +75,24 @@ def torchtext_vocab(
 
 # %% ../nbs/02_text.ipynb #text-25
 class Vocab:
-    "Words and their ids: 0 <pad>, 1 <start>, 2 <end>, 3 <unk>, then the words, most frequent first."
+    """Words and their ids.
+
+    0 <pad>, 1 <start>, 2 <end>, 3 <unk>, then the words, most frequent first.
+    """
+
+    unk = UNK
+    parser = None  # finds no phrases: see `Reader`
 
     # id -> word; the four special tokens are put in front when they are not there
     def __init__(self, words: Sequence[str]):
         words = list(words)
         self.words = words if tuple(words[:4]) == SPECIALS else [*SPECIALS, *words]
-        # a parser cuts captions into phrases: see `Captions`
-        self._id = {w: i for i, w in enumerate(self.words)}
-        self.parser = None
-        twice = [w for w, n in Counter(self.words).items() if n > 1]
-        if twice:
-            raise ValueError(
-                f'a vocabulary holds each word once, but {twice[0]!r} stands in it twice'
-            )
+        self._id = {word: i for i, word in enumerate(self.words)}
+        for word, count in Counter(self.words).items():
+            if count > 1:
+                raise ValueError(
+                    f'a vocabulary holds each word once, but {word!r} stands in it twice'
+                )
 
     def __len__(self):
         return len(self.words)
@@ -105,13 +120,12 @@ class Vocab:
     ):
         "Frequency first, then the alphabet: torchtext 0.6.0's order."
         counts = count_tokens(captions)
-        return cls(
-            sorted((w for w in counts if counts[w] >= min_freq), key=lambda w: (-counts[w], w))
-        )
+        frequent = [word for word in counts if counts[word] >= min_freq]
+        return cls(sorted(frequent, key=lambda word: (-counts[word], word)))
 
     @property
-    # what a checkpoint keeps; `vocabulary` makes a Vocab of it again
     def stored(self) -> list[str]:
+        "What a checkpoint keeps; `vocabulary` makes a `Vocab` of it again."
         return self.words
 
     def tokens(self, caption: str, max_words: int = 47) -> list[str]:
@@ -123,40 +137,23 @@ class Vocab:
         return [i for i, word in enumerate(caption.split()) for _ in tokenize(word)]
 
     def encode(self, caption: str, max_words: int = 47) -> list[int]:
-        "A caption as ids, framed by <start> and <end>; words after `max_words` are cut (47 is CAMP's figure; SCAN cuts nothing)."
-        return [START, *(self[t] for t in self.tokens(caption, max_words)), END]
+        """A caption as ids, framed by <start> and <end>.
+
+        Words after `max_words` are cut (47 is CAMP's figure; SCAN cuts nothing).
+        """
+        return [START, *(self[token] for token in self.tokens(caption, max_words)), END]
 
     def decode(self, ids: Iterable[int]) -> str:
         "Ids back to words, without padding, <start> and <end>."
         return ' '.join(self.words[int(i)] for i in ids if int(i) not in (PAD, START, END))
 
-    def to_json(self) -> str:
-        return json.dumps(self.words, ensure_ascii=False)
-
-    @classmethod
-    def from_json(cls, text: str):
-        "The vocabulary that `to_json` wrote; anything else is refused."
-        words = json.loads(text)
-        if (
-            not isinstance(words, list)
-            or tuple(words[:4]) != SPECIALS
-            or not all(isinstance(w, str) for w in words)
-        ):
-            raise ValueError(
-                f'not a vocabulary: expected a JSON list of words that starts with {", ".join(SPECIALS)}'
-            )
-        return cls(words)
-
 # %% ../nbs/02_text.ipynb #text-32-f
 def need_transformers():
     "The packages transformers and tokenizers, or one line that says how to get them."
-    try:
+    how = 'a pretrained text model needs transformers: pip install imtm_lite[transformers]'
+    with said_as(ImportError, ImportError, before=f'{how} (', after=')'):
         import tokenizers
         import transformers
-    except ImportError as fault:
-        raise ImportError(
-            f'a pretrained text model needs transformers: pip install imtm_lite[transformers] ({fault})'
-        ) from None
     return transformers, tokenizers
 
 
@@ -167,46 +164,56 @@ def pretrained(
 ):
     "Something of a pretrained text model. No code of its folder is run; what fails is one line."
     auto = getattr(need_transformers()[0], kind)
-    try:
+    fault = (
+        f'{str(name)!r} gives no {kind.removeprefix("Auto").lower()}: expected a folder with '
+        'config.json, model.safetensors and tokenizer.json, or a name on the hub ('
+    )
+    faults = (OSError, ValueError, SafetensorError)
+    with said_as(SettingError, *faults, before=fault, after=')'):
         return auto.from_pretrained(str(name), trust_remote_code=False, **how)
-    except (OSError, ValueError, SafetensorError) as fault:
-        raise ValueError(
-            f'{str(name)!r} gives no {kind[4:].lower()}: expected a folder with config.json, model.safetensors and tokenizer.json, '
-            f'or a name on the hub ({" ".join(str(fault).split())[:200]})'
-        ) from None
 
 # %% ../nbs/02_text.ipynb #text-32-g
+def _read_tokenizer(stored: str):  # text of a tokenizer.json
+    "A tokenizer that neither cuts nor pads, and frames a sentence as BERT does."
+    Tokenizer = need_transformers()[1].Tokenizer
+    # it raises nothing narrower than an Exception
+    with said_as(SettingError, Exception, before='not the text of a tokenizer.json: '):
+        tokenizer = Tokenizer.from_str(stored)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()  # a file may cut and pad by itself
+    tokenizer.encode_special_tokens = True  # "[SEP]" in a caption is text
+    letter = tokenizer.encode('a')
+    special = letter.special_tokens_mask
+    if sum(special) != 2 or not (special[0] and special[-1]):
+        raise SettingError(
+            'a tokenizer with one special token before a sentence and one behind it is needed '
+            f'(as BERT has), this one gives {letter.tokens}'
+        )
+    return tokenizer
+
+
+def _unknown_id(tokenizer, model: dict) -> int | None:  # its part of the tokenizer.json
+    "The id of a word that cannot be written; None: every word can."
+    if model.get('unk_token'):
+        return tokenizer.token_to_id(model['unk_token'])
+    return model.get('unk_id')
+
+
 class Pieces:
-    "The word pieces of a pretrained text model, with the methods of `Vocab`. Kept as the JSON that makes its tokenizer."
+    """The word pieces of a pretrained text model, with the methods of `Vocab`.
+
+    Kept as the JSON that makes its tokenizer.
+    """
+
+    parser = None  # finds no phrases: see `Reader`
 
     def __init__(self, stored: str):  # text of a tokenizer.json
-        Tokenizer = need_transformers()[1].Tokenizer
-        try:
-            t = Tokenizer.from_str(stored)
-        # it raises nothing narrower
-        except Exception as fault:
-            raise ValueError(
-                f'not the text of a tokenizer.json: {" ".join(str(fault).split())[:100]}'
-            ) from None
-        t.no_truncation()
-        t.no_padding()  # a file may cut and pad by itself
-        t.encode_special_tokens = True  # "[SEP]" in a caption is text
-        frame = t.encode('a').special_tokens_mask
-        if sum(frame) != 2 or not (frame[0] and frame[-1]):
-            raise ValueError(
-                f'a tokenizer with one special token before a sentence and one behind it is needed (as BERT has), this one gives {t.encode("a").tokens}'
-            )
-        self.tokenizer = t
-        self.stored = t.to_str()
-        self.parser = None
-        model = json.loads(self.stored)['model']
-        # None: nothing is unknown
-        self.unk = (
-            t.token_to_id(model['unk_token']) if model.get('unk_token') else model.get('unk_id')
-        )
-        self._silent = {
-            i for i, a in t.get_added_tokens_decoder().items() if a.special and i != self.unk
-        }
+        self.tokenizer = _read_tokenizer(stored)
+        self.stored = self.tokenizer.to_str()
+        self.unk = _unknown_id(self.tokenizer, json.loads(self.stored)['model'])
+        # special tokens that `decode` leaves out
+        added = self.tokenizer.get_added_tokens_decoder()
+        self._silent = {i for i, token in added.items() if token.special and i != self.unk}
 
     def __len__(self):
         return self.tokenizer.get_vocab_size()
@@ -227,36 +234,43 @@ class Pieces:
     @classmethod
     def pretrained(cls, name: str):  # a folder, or a name on the Hugging Face hub
         "The pieces of a pretrained model."
-        t = pretrained('AutoTokenizer', name)
-        if not t.is_fast:
-            raise ValueError(
+        tokenizer = pretrained('AutoTokenizer', name)
+        if not tokenizer.is_fast:
+            raise SettingError(
                 f'{str(name)!r}: its tokenizer has no tokenizer.json; choose a model that has one'
             )
-        return cls(t.backend_tokenizer.to_str())
+        return cls(tokenizer.backend_tokenizer.to_str())
+
+    def _stretches(self, caption: str) -> list[tuple[int, int]]:
+        "Where each piece between the two special ones begins and ends in the caption."
+        return self.tokenizer.encode(caption).offsets[1:-1]
 
     def tokens(self, caption: str, max_words: int = 47) -> list[str]:
         "The stretch of the caption behind each id between the two special ones."
-        return [caption[a:b] for a, b in self.tokenizer.encode(caption).offsets[1:-1][:max_words]]
+        return [caption[start:end] for start, end in self._stretches(caption)[:max_words]]
 
     def word_of(self, caption: str) -> list[int]:
         "For every piece, uncut: which white-space word of the caption it comes from."
-        starts = [m.start() for m in re.finditer(r'\S+', caption)]
-        # by its end: some pieces begin with the space
-        return [
-            max(0, bisect_right(starts, max(a, b - 1)) - 1)
-            for a, b in self.tokenizer.encode(caption).offsets[1:-1]
-        ]
+        word_starts = [word.start() for word in re.finditer(r'\S+', caption)]
+        words = []
+        for start, end in self._stretches(caption):
+            # by its end: some pieces begin with the space
+            last = max(start, end - 1)
+            words.append(max(0, bisect_right(word_starts, last) - 1))
+        return words
 
     def encode(self, caption: str, max_words: int = 47) -> list[int]:
-        "A caption as ids, framed by the model's own special tokens; pieces after `max_words` are cut."
+        """A caption as ids, framed by the model's own special tokens.
+
+        Pieces after `max_words` are cut.
+        """
         first, *ids, last = self.tokenizer.encode(caption).ids
         return [first, *ids[:max_words], last]
 
     def decode(self, ids: Iterable[int]) -> str:
         "Ids back to words, without special tokens."
-        return self.tokenizer.decode(
-            [int(i) for i in ids if int(i) not in self._silent], skip_special_tokens=False
-        )
+        spoken = [int(i) for i in ids if int(i) not in self._silent]
+        return self.tokenizer.decode(spoken, skip_special_tokens=False)
 
 # %% ../nbs/02_text.ipynb #text-32-g-b
 def vocabulary(stored: list[str] | str):  # what `stored` of a `Vocab` or of `Pieces` gave
@@ -265,7 +279,10 @@ def vocabulary(stored: list[str] | str):  # what `stored` of a `Vocab` or of `Pi
 
 # %% ../nbs/02_text.ipynb #text-35
 class Captions(Bundle):
-    "C captions as token ids; cells beyond a caption's length are <pad> and must not change any result."
+    """C captions as token ids.
+
+    Cells beyond a caption's length are <pad> and must not change any result.
+    """
 
     optional = ('units', 'kinds')
     padding = {'kinds': -1}
@@ -293,21 +310,19 @@ class Captions(Bundle):
         pad_to: int = 0,  # at least this many columns
     ):
         "Pad id lists to the longest."
-        lengths = torch.tensor([len(i) for i in ids], dtype=torch.long)
-        tokens = torch.zeros(len(ids), max(pad_to, *map(len, ids), 0), dtype=torch.long)
-        for row, i in zip(tokens, ids):
-            row[: len(i)] = torch.tensor(i)
-        return cls(tokens=tokens, lengths=lengths)
+        lengths = [len(one) for one in ids]
+        tokens = torch.zeros(len(ids), max(pad_to, *lengths, 0), dtype=torch.long)
+        for row, one in zip(tokens, ids):
+            row[: len(one)] = torch.tensor(one)
+        return cls(tokens=tokens, lengths=torch.tensor(lengths, dtype=torch.long))
 
     @classmethod
     def from_text(cls, captions: Sequence[str], vocab: Vocab, *, max_words: int = 47):
-        "Tokenize, look up, pad; with phrases, where the vocabulary has a parser."
-        out = cls.from_ids([vocab.encode(c, max_words) for c in captions])
-        return (
-            out
-            if vocab.parser is None
-            else out.with_units([phrase_tokens(c, vocab, max_words) for c in captions])
-        )
+        "Tokenize, look up, pad; with phrases, where a `Reader` finds them."
+        encoded = cls.from_ids([vocab.encode(caption, max_words) for caption in captions])
+        if vocab.parser is None:
+            return encoded
+        return encoded.with_units([phrase_tokens(c, vocab, max_words) for c in captions])
 
     # of each caption, from `phrase_tokens`
     def with_units(self, phrases: Sequence[Sequence[tuple[int, list[int]]]]) -> 'Captions':
@@ -315,25 +330,58 @@ class Captions(Bundle):
         P = max([1, *map(len, phrases)])
         units = torch.zeros(len(self), P, self.tokens.shape[1], dtype=torch.bool)
         kinds = torch.full((len(self), P), -1)
-        for c, some in enumerate(phrases):
-            for p, (kind, columns) in enumerate(some):
+        for c, phrases_of_one in enumerate(phrases):
+            for p, (kind, columns) in enumerate(phrases_of_one):
                 if columns:
-                    units[c, p, columns], kinds[c, p] = True, kind
+                    units[c, p, columns] = True
+                    kinds[c, p] = kind
         return Captions(tokens=self.tokens, lengths=self.lengths, units=units, kinds=kinds)
 
 # %% ../nbs/02_text.ipynb #text-34-b
+class Reader:
+    "A vocabulary and who finds the phrases: reads sentences for systems that look at phrases."
+
+    def __init__(
+        self,
+        vocab: 'Vocab | Pieces',
+        parser,  # caption -> something with `units`: (kind, white-space words) of each phrase
+    ):
+        self.vocab = vocab
+        self.parser = parser
+        self.unk = vocab.unk
+        self.stored = vocab.stored
+        self.tokens = vocab.tokens
+        self.word_of = vocab.word_of
+        self.encode = vocab.encode
+        self.decode = vocab.decode
+
+    def __len__(self):
+        return len(self.vocab)
+
+    def __contains__(self, word):
+        return word in self.vocab
+
+    def __eq__(self, other):
+        same = isinstance(other, Reader) and self.vocab == other.vocab
+        return same and self.parser == other.parser
+
+    def __hash__(self):
+        return hash((self.vocab, self.parser))
+
+    def __repr__(self):
+        return f'Reader of {self.vocab!r}, with phrases'
+
+
 def phrase_tokens(
-    caption: str,
-    vocab,  # a `Vocab` or `Pieces` with a parser
-    max_words: int = 47,
-) -> list[
-    tuple[int, list[int]]
-    # kind and token columns (<start> is column 0) of each phrase; none where the cut took all its
-    # words
-]:
-    "The phrases of a caption in columns of `Captions.tokens`."
-    word_of = vocab.word_of(caption)[:max_words]
-    return [
-        (kind, [1 + t for t, w in enumerate(word_of) if w in words])
-        for kind, words in vocab.parser(caption).units
-    ]
+    caption: str, reader: Reader, max_words: int = 47
+) -> list[tuple[int, list[int]]]:  # kind and token columns of each phrase
+    """The phrases of a caption in columns of `Captions.tokens`, where <start> is column 0.
+
+    A phrase all of whose words were cut has no columns.
+    """
+    word_of = reader.word_of(caption)[:max_words]
+    phrases = []
+    for kind, words in reader.parser(caption).units:
+        columns = [1 + t for t, word in enumerate(word_of) if word in words]
+        phrases.append((kind, columns))
+    return phrases

@@ -10,7 +10,7 @@ import torch
 from benchmarks import bench, gpu, memory
 from benchmarks.bench import PlainLoader
 from benchmarks.plain import PLAIN, form
-from imtm_lite.data import Split, batches, plan
+from imtm_lite.data import Split, batch_plan, batches
 from imtm_lite.text import Vocab
 from tests.test_matchers import make, ragged
 
@@ -101,7 +101,7 @@ def test_plain_and_fast_loader_give_the_same_batches(world):
     order = dict(size=32, seed=0, epoch=0, per_image=1)
     plain = PlainLoader(split, vocab)
     for rows, b in zip(
-        plan(split, **order), batches(split, vocab, **order, workers=2), strict=True
+        batch_plan(split, **order), batches(split, vocab, **order, workers=2), strict=True
     ):
         by_length = b.captions.lengths.argsort(descending=True, stable=True)
         images, tokens, lengths = plain.batch(rows)

@@ -15,14 +15,15 @@ import torch
 import torch.distributed as dist
 
 from imtm_lite import load
-from imtm_lite.checkpoints import MODELS, read_checkpoint
+from imtm_lite.checkpoints import MODELS, TASKS, read_checkpoint
 from imtm_lite.data import Batch, Split, batches
 from imtm_lite.encoders import Codes
+from imtm_lite.gallery import score_split, split_recall, split_scores
 from imtm_lite.losses import HardestBCE, Triplet
 from imtm_lite.phrases import Entity, PhraseLabels, TextGraph
 from imtm_lite.processes import Processes
 from imtm_lite.runs import Log, train
-from imtm_lite.scoring import score_split, split_recall, split_scores
+from imtm_lite.tasks import Task
 from imtm_lite.text import Vocab
 from tests.test_matchers import make, ragged
 
@@ -69,7 +70,7 @@ def work(function, rank, count, port, arguments, fault):
 def start(count, function, *arguments, fault):
     "A group of processes; all come from one server, which has imported the library once."
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['imtm_lite.train', 'transformers.models.bert.modeling_bert'])
+    context.set_forkserver_preload(['imtm_lite.runs', 'transformers.models.bert.modeling_bert'])
     port = free_port()
     group = [
         context.Process(target=work, args=(function, rank, count, port, arguments, fault))
@@ -98,16 +99,20 @@ def together(count, function, *arguments, folder):
 # ---------------------------------------------------------------- losses and gradients
 
 
-def losses_and_gradients(matcher, batch):
-    # wrong pairs that are drawn: the same ones
-    torch.manual_seed(0)
-    losses = matcher(batch)
+def losses_and_gradients(task, batch):
+    torch.manual_seed(0)  # wrong pairs that are drawn: the same ones
+    losses = task(batch)
     losses['total'].backward()
-    if matcher.processes:
-        matcher.processes.mean_gradients(matcher.parameters())
-    found = losses, {n: p.grad for n, p in matcher.named_parameters()}
-    matcher.zero_grad()
-    return found
+    task.processes.mean_gradients(task.matcher.parameters())
+    gradients = {name: p.grad for name, p in task.matcher.named_parameters()}
+    task.matcher.zero_grad()
+    return losses, gradients
+
+
+def labels_of(n):
+    "Four phrases a caption, all different."
+    phrases = [tuple(Entity(0, 1, f'{c}{p}') for p in range(4)) for c in range(n)]
+    return PhraseLabels([TextGraph(('a',), entities) for entities in phrases], range(n))
 
 
 def compare(rank, count, sizes, variants):
@@ -121,26 +126,22 @@ def compare(rank, count, sizes, variants):
                 make(name, arguments, torch.float64).train(),
                 ragged(torch.float64, images=n, captions=n),
             )
-            matcher.criterion = criterion
-            matcher.memory = memory
             for k, p in matcher.named_parameters():
                 p.requires_grad_(not k.startswith(frozen))
-            matcher.labels = PhraseLabels(
-                [
-                    TextGraph(('a',), tuple(Entity(0, 1, f'{c}{p}') for p in range(4)))
-                    for c in range(n)
-                ],
-                range(n),
-            )
+            how = dict(memory=memory)
+            if name == 'ssamt':
+                how['labels'] = labels_of(n)
+            kind = TASKS.get(name, Task)
+            alone = kind(matcher, criterion, **how)
+            shared = kind(matcher, criterion, processes=processes, **how)
             # the first two of three pairs are of one picture
             image = torch.arange(n).sub(int(n > 2)).clamp(min=0)
             own = processes.share(n)
             want, gradients = losses_and_gradients(
-                matcher, Batch(regions, captions, image, image, torch.arange(n))
+                alone, Batch(regions, captions, image, image, torch.arange(n))
             )
-            matcher.processes = processes
             got, found = losses_and_gradients(
-                matcher, Batch(regions[own], captions[own], image, image, torch.arange(n))
+                shared, Batch(regions[own], captions[own], image, image, torch.arange(n))
             )
             assert want.keys() == got.keys() and want['total'] > 0
             for k in want:
@@ -200,12 +201,12 @@ def text_model(rank, count, architecture):
         make('scan', dict(text=architecture), torch.float64).eval(),
         ragged(torch.float64, images=n, captions=n),
     )
-    matcher.criterion = Triplet()
+    alone = Task(matcher, Triplet())
+    shared = Task(matcher, Triplet(), processes=processes)
     row = torch.arange(n)
     own = processes.share(n)
-    want, gradients = losses_and_gradients(matcher, Batch(regions, captions, row, row, row))
-    matcher.processes = processes
-    got, found = losses_and_gradients(matcher, Batch(regions[own], captions[own], row, row, row))
+    want, gradients = losses_and_gradients(alone, Batch(regions, captions, row, row, row))
+    got, found = losses_and_gradients(shared, Batch(regions[own], captions[own], row, row, row))
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
     torch.testing.assert_close(found, gradients, rtol=1e-8, atol=1e-10)
     dist.destroy_process_group()
@@ -351,11 +352,10 @@ def test_killed_in_the_middle_two_processes_go_on_to_the_undisturbed_end(world, 
 
 
 def dev_scores(rank, count, data, out, file):
-    matcher = load(out)
+    matcher, vocab, card = load(out)
     dev = Split(data, 'dev')
     dist.init_process_group('gloo')
-    matcher.processes = Processes(rank, count)
-    scores = split_scores(matcher, dev, matcher.vocab)
+    scores = split_scores(matcher, dev, vocab, processes=Processes(rank, count))
     if rank == count - 1:
         torch.save(scores, file)
     dist.destroy_process_group()
@@ -366,12 +366,11 @@ def first_look(images, captions):
 
 
 def two_looks(rank, count, data, out, file):
-    matcher = load(out)
+    matcher, vocab, card = load(out)
     dev = Split(data, 'dev')
     dist.init_process_group('gloo')
-    matcher.processes = Processes(rank, count)
     matcher.first_scores = first_look
-    found = score_split(matcher, dev, matcher.vocab, candidates=3)
+    found = score_split(matcher, dev, vocab, candidates=3, processes=Processes(rank, count))
     if rank == count - 1:
         torch.save(found, file)
     dist.destroy_process_group()
@@ -380,10 +379,10 @@ def two_looks(rank, count, data, out, file):
 @pytest.mark.parametrize('count', [3, 5])
 def test_candidates_are_chosen_among_everybodys_pictures(world, tmp_path, count):
     train('vse', world, tmp_path / 'run', **RUN | dict(epochs=1))
-    matcher = load(tmp_path / 'run')
+    matcher, vocab, card = load(tmp_path / 'run')
     dev = Split(world, 'dev')
     matcher.first_scores = first_look
-    scores, record = score_split(matcher, dev, matcher.vocab, candidates=3)
+    scores, record = score_split(matcher, dev, vocab, candidates=3)
     together(count, two_looks, world, tmp_path / 'run', tmp_path / 'found.pt', folder=tmp_path)
     got, said = torch.load(tmp_path / 'found.pt')
     torch.testing.assert_close(got, scores, rtol=0, atol=1e-6)
@@ -457,13 +456,13 @@ def test_torchrun_trains_all_stages_and_the_scores_of_a_split_are_shared_out(wor
     assert out.returncode == 0, out.stderr
     # one speaks for all
     assert out.stdout.count('best checkpoint') == out.stdout.count('preset demo-released') == 1
-    matcher = load(tmp_path / 'two')
+    matcher, vocab, card = load(tmp_path / 'two')
     dev = Split(world, 'dev')
-    assert matcher.card['start'] and (tmp_path / 'two/stage1/best.safetensors').exists()
+    assert card['start'] and (tmp_path / 'two/stage1/best.safetensors').exists()
     together(5, dev_scores, world, tmp_path / 'two', tmp_path / 'scores.pt', folder=tmp_path)
     torch.testing.assert_close(
         torch.load(tmp_path / 'scores.pt'),
-        split_scores(matcher, dev, matcher.vocab),
+        split_scores(matcher, dev, vocab),
         rtol=0,
         atol=1e-6,
     )
@@ -497,7 +496,7 @@ def test_torchrun_trains_all_stages_and_the_scores_of_a_split_are_shared_out(wor
     )
     assert out.returncode == 0 and out.stdout.count('protocol plain') == 1, out.stderr
     assert json.loads((tmp_path / 'eval.json').read_text())['rsum'] == pytest.approx(
-        split_recall(matcher, dev, matcher.vocab).rsum
+        split_recall(matcher, dev, vocab).rsum
     )
 
 

@@ -330,9 +330,9 @@ def copy(world, tmp_path):
 
 
 def test_a_checkpoint_rebuilds_graphs_and_order(run, world):
-    matcher = load(run)
+    matcher, _, card = load(run)
     assert matcher.needs == ('boxes', 'triples')
-    assert matcher.card['predicates'] == Split(world, 'train').predicates
+    assert card['predicates'] == Split(world, 'train').predicates
     assert matcher.config['order'] == 'implicit-explicit'
     check_fits(matcher, Split(world, 'dev'))
 
@@ -355,7 +355,7 @@ def test_training_refuses_data_without_the_files_it_needs(file, needed, split, w
 
 
 def test_a_checkpoint_refuses_data_it_cannot_read(run, world, tmp_path):
-    matcher = load(run)
+    matcher = load(run).matcher
     data = copy(world, tmp_path)
     words = (data / 'predicates.txt').read_text().split('\n')
     (data / 'predicates.txt').write_text('\n'.join([words[1], words[0], *words[2:]]))

@@ -12,7 +12,7 @@ from imtm_lite.explore import GROUNDING, ground, right_regions
 from imtm_lite.files import shipped
 from imtm_lite.models.ssamt import SSAMT
 from imtm_lite.phrases import GoldParser, chunk
-from imtm_lite.text import Captions, Vocab
+from imtm_lite.text import Captions, Reader, Vocab
 
 
 @pytest.fixture(scope='module')
@@ -29,8 +29,7 @@ def matcher_of(sample, kind, **arguments):
     ).eval()
     for p in matcher.parameters():
         p.data += 0.05 * torch.randn_like(p)
-    matcher.vocab = vocab
-    return matcher
+    return matcher, vocab
 
 
 # x0 y0 x1 y1
@@ -65,10 +64,9 @@ def test_right_regions_against_loops():
 
 @pytest.mark.parametrize('kind', [SCAN, SSAMT])
 def test_figures_are_a_count_by_hand(sample, kind):
-    matcher = matcher_of(sample, kind)
+    matcher, plain = matcher_of(sample, kind)
     parser = GoldParser(sample)
-    vocab = copy.copy(matcher.vocab)
-    vocab.parser = parser
+    vocab = Reader(plain, parser)
     found = []
     for row in range(sample.n_images):
         boxes = torch.tensor(sample.boxes[row], dtype=torch.float32)
@@ -95,7 +93,7 @@ def test_figures_are_a_count_by_hand(sample, kind):
                         ),
                     )
                 )
-    result = ground(matcher, sample)
+    result = ground(matcher, sample, plain)
     assert result['all']['phrases'] == len(found) > 100
     assert result['all']['pointing'] == pytest.approx(
         100 * sum(r for _, r in found) / len(found), abs=1e-3
@@ -113,26 +111,28 @@ def test_figures_are_a_count_by_hand(sample, kind):
 
 
 def test_the_question_leaves_no_trace(sample):
-    matcher = matcher_of(sample, SSAMT)
-    matcher.vocab.parser = chunk
-    ground(matcher, sample)
-    assert matcher.vocab.parser is chunk
+    matcher, words = matcher_of(sample, SSAMT)
+    vocab = Reader(words, chunk)
+    assert ground(matcher, sample, vocab) == ground(matcher, sample, words)
+    assert vocab.parser is chunk and words.parser is None
 
 
 def test_a_matcher_without_attention_is_refused(sample):
     with pytest.raises(ValueError, match='no attention of words over regions'):
-        ground(matcher_of(sample, VSE), sample)
+        matcher, words = matcher_of(sample, VSE)
+        ground(matcher, sample, words)
 
 
 def test_data_without_a_box_for_any_phrase_is_refused(sample):
     bare = copy.copy(sample)
     bare.phrases = [p | {'boxes': {}} for p in sample.phrases]
     with pytest.raises(ValueError, match='train_phrases.jsonl: no phrase of a caption has a box'):
-        ground(matcher_of(sample, SCAN), bare)
+        matcher, words = matcher_of(sample, SCAN)
+        ground(matcher, bare, words)
 
 
 def test_entities_without_nodes_look_where_their_words_look(sample):
-    matcher = matcher_of(sample, SSAMT, phrases=False)
-    plain = matcher_of(sample, SSAMT, phrases=False)
+    matcher, words = matcher_of(sample, SSAMT, phrases=False)
+    plain, _ = matcher_of(sample, SSAMT, phrases=False)
     plain.phrase_attention = lambda *asked: Matcher.phrase_attention(plain, *asked)
-    assert ground(matcher, sample) == ground(plain, sample)
+    assert ground(matcher, sample, words) == ground(plain, sample, words)

@@ -10,21 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from imtm_lite.checkpoints import MODELS
-from imtm_lite.encoders import KeptBytes, match_by_length
+from imtm_lite.gallery import chosen_pairs, put_below, rerank, rerank_agreement, score_chosen
 from imtm_lite.losses import HardestBCE, Triplet
 from imtm_lite.models.camp import CAMP, CAMPStage1, load_released
 from imtm_lite.regions import Regions
-from imtm_lite.scoring import (
-    PeakBytes,
-    chosen_pairs,
-    encode,
-    put_below,
-    rerank,
-    rerank_agreement,
-    score,
-    score_chosen,
-    score_pairs,
-)
+from imtm_lite.scoring import KeptBytes, PeakBytes, encode, match_by_length, score, score_pairs
 from imtm_lite.text import Captions
 
 PREDICATES = 4
@@ -394,11 +384,10 @@ def test_gradients_are_finite_and_reach_every_parameter(name, arguments):
         make(name, arguments, torch.float64).train(),
         ragged(torch.float64, images=6, captions=6),
     )
-    matcher.criterion = (
-        HardestBCE() if name == 'camp' and arguments.get('head') != 'cosine' else Triplet()
-    )
+    bce = name == 'camp' and arguments.get('head') != 'cosine'
+    criterion = HardestBCE() if bce else Triplet()
     scores = matcher.match(matcher.encode_images(regions), matcher.encode_captions(captions))
-    matcher.criterion(scores, torch.eye(6, dtype=torch.bool)).backward()
+    criterion(scores, torch.eye(6, dtype=torch.bool)).backward()
     for n, p in matcher.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), n
     still = [

@@ -23,8 +23,7 @@ def gallery(world):
     matcher = SCAN(
         region_width=split.features.shape[2], words=len(vocab), width=16, word_width=8
     ).eval()
-    matcher.vocab = vocab
-    return matcher, split, encode(matcher.encode_images, image_chunks(split))
+    return matcher, split, vocab, encode(matcher.encode_images, image_chunks(split))
 
 
 def first_look_plain(images, captions, b, c):
@@ -90,23 +89,23 @@ def test_a_picture_without_regions_comes_last():
 
 
 def test_all_candidates_are_the_exact_search(gallery):
-    matcher, split, images = gallery
+    matcher, split, vocab, images = gallery
     for sentence in split.captions[:20:4]:
-        exact = search(matcher, split, sentence, top=7, images=images)
+        exact = search(matcher, split, vocab, sentence, top=7, images=images)
         for n in (split.n_images, split.n_images + 1, 10**6):
-            assert search(matcher, split, sentence, top=7, images=images, candidates=n) == exact
-    assert search(matcher, split, split.captions[0], top=7) == search(
-        matcher, split, split.captions[0], top=7, images=images
+            assert search(matcher, split, vocab, sentence, top=7, images=images, candidates=n) == exact
+    assert search(matcher, split, vocab, split.captions[0], top=7) == search(
+        matcher, split, vocab, split.captions[0], top=7, images=images
     )
 
 
 def test_two_stages_keep_scores_and_order_and_only_candidates(gallery):
-    matcher, split, images = gallery
+    matcher, split, vocab, images = gallery
     for sentence in split.captions[:40:4]:
-        asked = encode(matcher.encode_captions, [Captions.from_text([sentence], matcher.vocab)])
+        asked = encode(matcher.encode_captions, [Captions.from_text([sentence], vocab)])
         column = score(matcher, images, asked)[:, 0]
         allowed = set(shortlist(matcher, images, asked, 6)[0].tolist())
-        hits = search(matcher, split, sentence, top=4, images=images, candidates=6)
+        hits = search(matcher, split, vocab, sentence, top=4, images=images, candidates=6)
         assert len(hits) == 4 and {h.row for h in hits} <= allowed
         best = sorted(allowed, key=lambda r: -float(column[r]))[:4]
         torch.testing.assert_close(
@@ -117,11 +116,11 @@ def test_two_stages_keep_scores_and_order_and_only_candidates(gallery):
 
 
 def test_too_few_candidates_are_refused(gallery):
-    matcher, split, images = gallery
+    matcher, split, vocab, images = gallery
     for n in (0, -1, 4):
         with pytest.raises(ValueError, match=f'{n} candidates for 5 pictures'):
-            search(matcher, split, 'a dog', images=images, candidates=n)
-    assert len(search(matcher, split, 'a dog', images=images, candidates=5)) == 5
+            search(matcher, split, vocab, 'a dog', images=images, candidates=n)
+    assert len(search(matcher, split, vocab, 'a dog', images=images, candidates=5)) == 5
 
 
 def test_candidate_recall_by_hand():
@@ -143,9 +142,9 @@ def test_figure_of_hits_asks_nothing_again(gallery, monkeypatch):
     import matplotlib
 
     matplotlib.use('Agg')
-    matcher, split, images = gallery
+    matcher, split, vocab, images = gallery
     sentence = split.captions[0]
-    hits = search(matcher, split, sentence, top=2, images=images)
+    hits = search(matcher, split, vocab, sentence, top=2, images=images)
     monkeypatch.setattr('imtm_lite.explore.search', None)
-    figure = draw_rankings(matcher, split, {sentence: None}, top=2, found={sentence: hits})
+    figure = draw_rankings(matcher, split, vocab, {sentence: None}, top=2, hits={sentence: hits})
     assert [ax.get_xlabel() for ax in figure.axes] == [f'{h.score:.3f}' for h in hits]

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from imtm_lite.data import Batch, Split
+from imtm_lite.explain import blame, blame_accuracy
 from imtm_lite.files import shipped
 from imtm_lite.losses import Triplet
 from imtm_lite.models.ssamt import (
     SSAMT,
+    IntraTask,
+    PhraseTask,
     SSAMTIntra,
-    blame,
-    blame_accuracy,
     drawn,
     likely,
     others,
@@ -25,7 +26,7 @@ from imtm_lite.models.ssamt import (
 )
 from imtm_lite.phrases import ATTRIBUTE, OBJECT, RELATION, PhraseLabels, chunk
 from imtm_lite.regions import Regions
-from imtm_lite.text import Captions, Vocab
+from imtm_lite.text import Captions, Reader, Vocab
 from imtm_lite.training import make_optimizer
 
 SIZES = dict(region_width=7, words=30, width=8, layers=2, heads=2, feedforward=12, positions=12)
@@ -436,7 +437,8 @@ def test_l0_is_the_mean_over_wrong_partners_written_out(hardness):
         ):
             p = (hardness * line[wrong].detach()).softmax(0)
             want = want + sum(w * cost(j).clamp(min=0) for w, j in zip(p, wrong))
-    got = matcher.loss(v, t, Batch(regions, captions, image, image, image))['total']
+    task = IntraTask(matcher, Triplet())
+    got = task.losses(v, t, Batch(regions, captions, image, image, image))['total']
     torch.testing.assert_close(got, want, atol=1e-10, rtol=0)
     a, b = (
         torch.autograd.grad(x, list(matcher.parameters()), retain_graph=True) for x in (got, want)
@@ -457,8 +459,7 @@ SAID = [
 
 def spoken():
     "Six captions of five pictures, with labels."
-    vocab = Vocab.build(SAID, 1)
-    vocab.parser = chunk
+    vocab = Reader(Vocab.build(SAID, 1), chunk)
     image = torch.tensor([0, 1, 2, 1, 3, 4])
     return (
         Captions.from_text(SAID, vocab),
@@ -525,14 +526,14 @@ def test_l1_to_l3_are_the_sums_written_out():
         margins=(0.3, 0.2, 0.4),
         weights=(1.0, 0.7, 0.3),
     )
-    matcher.labels = labels
     regions, _ = ragged(6, 1)
     v = matcher.encode_images(regions)
     t = matcher.encode_captions(captions)
     want = losses_plain(
         matcher, regions, captions, labels, image, matcher.first_scores(v, t).detach()
     )
-    got = matcher.loss(v, t, Batch(regions, captions, image, image, torch.arange(6)))
+    task = PhraseTask(matcher, Triplet(), labels=labels)
+    got = task.losses(v, t, Batch(regions, captions, image, image, torch.arange(6)))
     assert all(want[name] > 0 for name in want)
     for name in want:
         torch.testing.assert_close(got[name], want[name], atol=1e-9, rtol=0)
@@ -552,11 +553,11 @@ def test_variants_leave_losses_out_and_labels_are_asked_for():
 
     def loss(**arguments):
         matcher = make(words=len(vocab), positions=20, **arguments)
-        return matcher.loss(
-            matcher.encode_images(regions), matcher.encode_captions(captions), batch(regions)
-        )
+        images = matcher.encode_images(regions)
+        codes = matcher.encode_captions(captions)
+        return PhraseTask(matcher, Triplet()).losses(images, codes, batch(regions))
 
-    with pytest.raises(ValueError, match='no phrase labels yet'):
+    with pytest.raises(ValueError, match='needs labels'):
         loss()
     alone = loss(weights=(1.0, 0.1, 0.0))
     assert 'phrase' not in alone and alone['local'] > 0
@@ -577,7 +578,7 @@ def test_phase_two_starts_from_phase_one_and_leaves_it_alone():
         second.first_scores(second.encode_images(regions), second.encode_captions(captions)),
         first.match(first.encode_images(regions), first.encode_captions(captions)),
     )
-    second.labels = labels
+    task = PhraseTask(second, Triplet(), labels=labels)
     optimizer = make_optimizer(
         second, optimizer='adamw', lr=0.1, weight_decay=0.1, frozen=('intra',)
     )
@@ -586,7 +587,7 @@ def test_phase_two_starts_from_phase_one_and_leaves_it_alone():
     # nothing is dropped there
     assert second.encode_images(regions).x.equal(second.encode_images(regions).x)
     for _ in range(3):
-        second(Batch(regions, captions, image, image, torch.arange(6)))['total'].backward()
+        task(Batch(regions, captions, image, image, torch.arange(6)))['total'].backward()
         optimizer.step()
         optimizer.zero_grad()
     for name, value in second.state_dict().items():
@@ -609,9 +610,8 @@ def test_dropped_nodes_only_in_training():
 
 def test_soft_criterion_means_all_alike():
     matcher = make(SSAMTIntra)
-    assert matcher.hardness == 20.0
-    matcher.criterion = Triplet(hardest=False)
-    assert matcher.hardness == 0.0
+    assert IntraTask(matcher, Triplet()).hardness == 20.0
+    assert IntraTask(matcher, Triplet(hardest=False)).hardness == 0.0
 
 
 # ---------------------------------------------------------------- looking
@@ -644,22 +644,20 @@ def sample():
 
 
 def of_sample(sample, **arguments):
-    vocab = Vocab.build(sample.captions, 1)
-    vocab.parser = chunk
+    vocab = Reader(Vocab.build(sample.captions, 1), chunk)
     matcher = make(
         region_width=sample.features.shape[2], words=len(vocab), positions=50, **arguments
     ).float()
-    matcher.vocab = vocab
-    return matcher
+    return matcher, vocab
 
 
 def test_blame_and_its_accuracy_by_hand(sample):
-    matcher = of_sample(sample)
+    matcher, vocab = of_sample(sample)
     right = {}
     for p in sample.probes:
         agreed = []
         for sentence in (p['false'], p['true']):
-            said = matcher.encode_captions(Captions.from_text([sentence], matcher.vocab))
+            said = matcher.encode_captions(Captions.from_text([sentence], vocab))
             with torch.no_grad():
                 a = matcher.phrase_agreement(
                     matcher.encode_images(sample.regions([p['image']])), said
@@ -668,7 +666,7 @@ def test_blame_and_its_accuracy_by_hand(sample):
         graph = chunk(p['false'])
         known = chunk(p['true']).keys
         assert len(agreed[0]) == len(graph.units)
-        assert [a for _, a in blame(matcher, sample, p['image'], p['false'])] == pytest.approx(
+        assert [a for _, a in blame(matcher, sample, vocab, p['image'], p['false'])] == pytest.approx(
             sorted(agreed[0]), abs=1e-5
         )
         wrong = [u for u, key in enumerate(graph.keys) if key not in known]
@@ -677,7 +675,7 @@ def test_blame_and_its_accuracy_by_hand(sample):
             right.setdefault(p['kind'], []).append(
                 (lowest[0], len(wrong) / len(graph.keys), lowest[1])
             )
-    found = blame_accuracy(matcher, sample)
+    found = blame_accuracy(matcher, sample, vocab)
     assert found.keys() == right.keys() and len(found) > 1
     for kind, some in right.items():
         assert found[kind] == pytest.approx(
@@ -686,12 +684,12 @@ def test_blame_and_its_accuracy_by_hand(sample):
 
 
 def test_scale_accuracy_by_hand(sample):
-    matcher = of_sample(sample)
+    matcher, vocab = of_sample(sample)
     image = torch.from_numpy(sample.caption_image)
     wrong = others(image, 3)
     assert (image[wrong] != image).all()
     labels = PhraseLabels([chunk(c) for c in sample.captions], image)
-    encoded = sample.encoded(matcher.vocab)
+    encoded = sample.encoded(vocab)
     right = {}
     with torch.no_grad():
         images = matcher.encode_images(sample.regions(slice(None)))

@@ -17,9 +17,11 @@ from imtm_lite.text import (
     START,
     UNK,
     Captions,
+    Reader,
     Vocab,
     tokenize,
     torchtext_vocab,
+    vocabulary,
 )
 from imtm_lite.world.scenes import describe, make_scene
 
@@ -37,17 +39,7 @@ HUMAN = [
 
 
 def test_tokenize():
-    assert tokenize("A man's T-shirt, isn't it?") == [
-        'a',
-        "man's",
-        't',
-        '-',
-        'shirt',
-        ',',
-        "isn't",
-        'it',
-        '?',
-    ]
+    assert tokenize("A man's T-shirt, isn't it?") == "a man's t - shirt , isn't it ?".split()
     assert tokenize("the boys' O’Brien café 犬") == ['the', 'boys', "'", "o'brien", 'café', '犬']
     assert tokenize('') == tokenize(' \t\u2028') == []
 
@@ -73,24 +65,25 @@ def test_equals_torchtext(corpus, min_freq):
     ours = Vocab.build(corpus, min_freq)
     theirs = torchtext_vocab(corpus, min_freq)
     assert ours.words == theirs.itos
-    words = [t for c in corpus for t in tokenize(c)] + ['zeppelin', '<pad>', '<unk>']
-    assert [ours[w] for w in words] == [theirs[w] for w in words]
+    words = [token for caption in corpus for token in tokenize(caption)]
+    for word in words + ['zeppelin', '<pad>', '<unk>']:
+        assert ours[word] == theirs[word]
 
 
 def test_power_law_ties_equal_torchtext():
     rng = random.Random(2)
     names = [a + b for a in "abcdefghé'9" for b in 'aeiouxyz']
-    corpus = [
-        ' '.join(names[min(int(rng.paretovariate(0.6)), 87)] for _ in range(9)) for _ in range(300)
-    ]
+
+    def sentence():
+        return ' '.join(names[min(int(rng.paretovariate(0.6)), 87)] for _ in range(9))
+
+    corpus = [sentence() for _ in range(300)]
     # ties do not depend on the order of captions
-    for order in range(3):
+    for _ in range(3):
         rng.shuffle(corpus)
-        assert (
-            Vocab.build(corpus, 2).words
-            == torchtext_vocab(corpus, 2).itos
-            == Vocab.build(sorted(corpus), 2).words
-        )
+        theirs = torchtext_vocab(corpus, 2).itos
+        assert Vocab.build(corpus, 2).words == theirs
+        assert Vocab.build(sorted(corpus), 2).words == theirs
 
 
 def test_vocab():
@@ -100,24 +93,16 @@ def test_vocab():
     assert v.encode('A dog runs!') == [START, 4, 5, UNK, UNK, END]
     assert v.decode([START, 4, 5, END, PAD]) == 'a dog'
     assert len(v.encode('dog ' * 100)) == 49 and len(v.encode('dog ' * 100, max_words=3)) == 5
-    assert v == Vocab(v.words) == Vocab(['a', 'dog']) != Vocab(['dog', 'a']) and hash(v) == hash(
-        Vocab(v.words)
-    )
+    assert v == Vocab(v.words) == Vocab(['a', 'dog']) != Vocab(['dog', 'a'])
+    assert hash(v) == hash(Vocab(v.words))
 
 
-def test_json():
+def test_stored():
     v = Vocab.build(HUMAN, 1)
-    assert Vocab.from_json(v.to_json()) == v
-    assert json.loads(v.to_json()) == v.words
-    for bad in (
-        '["<unk>", "<pad>"]',
-        '{"a": 1}',
-        '["<pad>", "<start>", "<end>", "<unk>", 7]',
-        '[]',
-    ):
-        with pytest.raises(ValueError, match='not a vocabulary'):
-            Vocab.from_json(bad)
-    for bad in (['dog', 'cat', 'dog'], ['dog', '<pad>']):
+    text = json.dumps(v.stored)
+    assert json.loads(text) == v.words
+    assert vocabulary(json.loads(text)) == v
+    for bad in (['dog', 'cat', 'dog'], ['dog', '<pad>'], ['<unk>', '<pad>']):
         with pytest.raises(ValueError, match='twice'):
             Vocab(bad)
 
@@ -125,57 +110,76 @@ def test_json():
 def test_captions():
     v = Vocab.build(WORLD)
     c = Captions.from_text(WORLD[:9], v)
-    assert (
-        isinstance(c, Bundle) and c.tokens.dtype == c.lengths.dtype == torch.int64 and len(c) == 9
-    )
+    assert isinstance(c, Bundle) and len(c) == 9
+    assert c.tokens.dtype == c.lengths.dtype == torch.int64
     assert c.tokens.shape[1] == c.lengths.max()
-    for row, n, m, text in zip(c.tokens, c.lengths, c.mask, WORLD):
+    for row, n, mask, text in zip(c.tokens, c.lengths, c.mask, WORLD):
         assert row[:n].tolist() == v.encode(text) and not row[n:].any()
-        assert m.tolist() == [t < n for t in range(len(row))]
+        assert mask.tolist() == [t < n for t in range(len(row))]
     assert c[2:4].mask.shape == (2, c.tokens.shape[1])
     wide = Captions.from_ids([v.encode(t) for t in WORLD[:9]], pad_to=50)
-    assert (
-        wide.tokens.shape == (9, 50)
-        and wide.lengths.equal(c.lengths)
-        and wide.tokens[:, : c.tokens.shape[1]].equal(c.tokens)
-    )
+    assert wide.tokens.shape == (9, 50) and wide.lengths.equal(c.lengths)
+    assert wide.tokens[:, : c.tokens.shape[1]].equal(c.tokens)
     joined = Captions.cat([Captions.from_text(WORLD[i : i + 1], v) for i in range(9)])
     assert joined.tokens.equal(c.tokens) and joined.mask.equal(c.mask)
     assert len(Captions.from_ids([])) == 0
 
 
-def test_phrases_cover_the_tokens_of_their_words():
-    corpus = ["a man's T-shirt, red", '  two   dogs', '—', "a-b c'd e."]
-    v = Vocab.build(corpus, 1)
-    for c in corpus:
-        words = c.split()
-        assert [t for w in words for t in tokenize(w)] == v.tokens(c) and len(v.word_of(c)) == len(
-            v.tokens(c)
-        )
-        assert v.word_of(c) == [i for i, w in enumerate(words) for _ in tokenize(w)]
-    units = {corpus[0]: [(0, [0, 1, 2]), (1, [2, 3])], corpus[1]: [(0, [1])]}
-    assert Captions.from_text(corpus, v).units is None
-    v.parser = lambda c: SimpleNamespace(units=units.get(c, []))
-    got = Captions.from_text(corpus, v)
-    assert got.units.shape == (4, 2, got.tokens.shape[1]) and got.kinds.tolist() == [
-        [0, 1],
-        [0, -1],
-        [-1, -1],
-        [-1, -1],
-    ]
-    said = lambda c, p: [v.words[i] for i in got.tokens[c][got.units[c, p]]]
-    assert (
-        said(0, 0) == ['a', "man's", 't', '-', 'shirt', ',']
-        and said(0, 1) == ['t', '-', 'shirt', ',', 'red']
-        and said(1, 0) == ['dogs']
+PHRASED = ["a man's T-shirt, red", '  two   dogs', '—', "a-b c'd e."]
+UNITS = {PHRASED[0]: [(0, [0, 1, 2]), (1, [2, 3])], PHRASED[1]: [(0, [1])]}
+
+
+@pytest.fixture
+def phrased():
+    "A reader whose parser knows two sentences."
+    return Reader(
+        Vocab.build(PHRASED, 1), lambda caption: SimpleNamespace(units=UNITS.get(caption, []))
     )
+
+
+def test_tokens_know_their_words():
+    v = Vocab.build(PHRASED, 1)
+    for caption in PHRASED:
+        words = caption.split()
+        assert [token for word in words for token in tokenize(word)] == v.tokens(caption)
+        assert v.word_of(caption) == [i for i, word in enumerate(words) for _ in tokenize(word)]
+    assert Captions.from_text(PHRASED, v).units is None
+
+
+def test_a_reader_reads_as_its_vocabulary_does(phrased):
+    v = phrased.vocab
+    assert len(phrased) == len(v) and 'red' in phrased and 'zeppelin' not in phrased
+    assert (phrased.stored, phrased.unk) == (v.stored, UNK)
+    for caption in PHRASED:
+        assert phrased.encode(caption) == v.encode(caption)
+        assert phrased.tokens(caption) == v.tokens(caption)
+        assert phrased.decode(v.encode(caption)) == v.decode(v.encode(caption))
+    assert phrased == Reader(v, phrased.parser) != Reader(v, print)
+    assert len({phrased, Reader(v, phrased.parser), Reader(v, print), v}) == 3
+
+
+def test_phrases_cover_the_tokens_of_their_words(phrased):
+    captions = Captions.from_text(PHRASED, phrased)
+    assert captions.units.shape == (4, 2, captions.tokens.shape[1])
+    assert captions.kinds.tolist() == [[0, 1], [0, -1], [-1, -1], [-1, -1]]
+
+    def words(c, p):
+        return phrased.decode(captions.tokens[c][captions.units[c, p]])
+
+    assert words(0, 0) == "a man's t - shirt ,"
+    assert words(0, 1) == 't - shirt , red'
+    assert words(1, 0) == 'dogs'
     # no padding, no <start>
-    assert not (got.units & ~got.mask[:, None]).any() and not got.units[:, :, 0].any()
-    cut = Captions.from_text(corpus[:1], v, max_words=3)
+    assert not (captions.units & ~captions.mask[:, None]).any()
+    assert not captions.units[:, :, 0].any()
+    joined = Captions.cat([captions[:1], captions[1:2]])
+    assert joined.units.equal(captions.units[:2]) and joined.kinds.equal(captions.kinds[:2])
+
+
+def test_phrases_are_cut_with_their_caption(phrased):
+    cut = Captions.from_text(PHRASED[:1], phrased, max_words=3)
     assert cut.units.sum(-1).tolist() == [[3, 1]] and cut.tokens.shape[1] == 5
-    assert Captions.from_text([' '.join(['x'] * 50)], v).units.any() == False
-    joined = Captions.cat([got[:1], got[1:2]])
-    assert joined.units.equal(got.units[:2]) and joined.kinds.equal(got.kinds[:2])
+    assert not Captions.from_text([' '.join(['x'] * 50)], phrased).units.any()
 
 
 def test_torchtext_is_lazy_and_its_absence_is_one_line():

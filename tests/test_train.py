@@ -17,23 +17,16 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 
 import imtm_lite
-import imtm_lite.train as train_module
+import imtm_lite.gallery as gallery_module
 from imtm_lite.attention import SCAN, attend
 from imtm_lite.checkpoints import FORMAT, MODELS, check_fits, read_checkpoint, write_checkpoint
 from imtm_lite.data import Batch, Split, batches, image_chunks
 from imtm_lite.encoders import VSE
 from imtm_lite.files import CheckpointError, DataError, SettingError
-from imtm_lite.health import diagnose, gradient_figures, health
-from imtm_lite.losses import HardestBCE, Triplet
-from imtm_lite.phrases import chunk
-from imtm_lite.recipes import recipe, train_recipe
-from imtm_lite.regions import Regions
-from imtm_lite.runs import Log, train
-from imtm_lite.scoring import (
-    CANDIDATES,
+from imtm_lite.gallery import (
+    RERANKED,
     TRIED,
     chosen_pairs,
-    encode,
     probe_accuracy,
     rerank,
     rerank_agreement,
@@ -41,8 +34,16 @@ from imtm_lite.scoring import (
     split_recall,
     split_scores,
 )
-from imtm_lite.text import UNK, Captions
-from imtm_lite.training import drop_regions, drop_words, is_mean, learning_rate, train_step
+from imtm_lite.health import diagnose, gradient_figures, health
+from imtm_lite.losses import HardestBCE, Triplet
+from imtm_lite.phrases import chunk
+from imtm_lite.recipes import recipe, train_recipe
+from imtm_lite.regions import Regions
+from imtm_lite.runs import Log, train
+from imtm_lite.scoring import encode
+from imtm_lite.tasks import Task
+from imtm_lite.text import UNK, Captions, Reader
+from imtm_lite.training import drop_regions, drop_words, learning_rate, train_step
 from tests.test_matchers import make, ragged
 
 QUICK = dict(
@@ -71,7 +72,7 @@ def run(world, tmp_path_factory):
 
 
 def test_reloaded_checkpoint_scores_bit_for_bit(world, tmp_path, monkeypatch):
-    import imtm_lite.train as module
+    import imtm_lite.runs as module
 
     seen = {}
     keep = module.save_run
@@ -83,9 +84,9 @@ def test_reloaded_checkpoint_scores_bit_for_bit(world, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, 'save_run', spy)
     best = train('camp', world, tmp_path / 'camp', criterion='bce', **QUICK)
-    matcher = imtm_lite.load(best)
+    matcher, vocab, card = imtm_lite.load(best)
     assert torch.equal(
-        split_scores(matcher, Split(world, 'dev'), matcher.vocab), seen['best.safetensors']
+        split_scores(matcher, Split(world, 'dev'), vocab), seen['best.safetensors']
     )
 
 
@@ -226,7 +227,7 @@ def test_warm_start_needs_the_same_vocabulary(run, world, tmp_path):
 
 
 def test_data_of_another_width_is_refused(run, world):
-    matcher = imtm_lite.load(run)
+    matcher, vocab, card = imtm_lite.load(run)
     split = Split(world, 'test')
     check_fits(matcher, split)
     matcher.config['region_width'] = 2048
@@ -323,27 +324,23 @@ def test_a_linear_run_cannot_be_made_longer_and_counts_its_steps(world, tmp_path
         train('vse', world, tmp_path / 'b', **settings | dict(warmup=90))
 
 
-def gradient_of(matcher, parts, items):
+def gradient_of(task, parts, items):
     "What a step leaves in the gradients: its rate is 0."
-    train_step(
-        matcher,
-        parts,
-        torch.optim.SGD(matcher.parameters(), lr=0.0),
-        Accelerator(cpu=True),
-        1e9,
-        items=items,
-    )
-    return torch.cat([p.grad.flatten() for p in matcher.parameters() if p.grad is not None])
+    parameters = list(task.matcher.parameters())
+    still = torch.optim.SGD(parameters, lr=0.0)
+    train_step(task, parts, still, Accelerator(cpu=True), 1e9, items=items)
+    return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
 
 
 def test_parts_of_a_batch_are_added_where_the_loss_is_a_sum_and_averaged_where_it_is_a_mean(
     run, world
 ):
-    matcher = imtm_lite.load(run).double()
+    matcher, vocab, card = imtm_lite.load(run)
+    matcher = matcher.double()
     split = Split(world, 'train')
     parts = [
         b.each(lambda x: x.to(torch.float64) if hasattr(x, 'features') else x)
-        for b in islice(batches(split, matcher.vocab, size=8, seed=0, epoch=0), 3)
+        for b in islice(batches(split, vocab, size=8, seed=0, epoch=0), 3)
     ]
     parts[2] = Batch(
         parts[2].regions[:5],
@@ -368,12 +365,16 @@ def test_parts_of_a_batch_are_added_where_the_loss_is_a_sum_and_averaged_where_i
                 else (1 - scores.diagonal()).square().sum()
             )
 
+    class OwnTask(Task):
+        @property
+        def mean(self):
+            return self.criterion.mean
+
     for mean in (False, True):
-        matcher.criterion = Own(mean)
-        matcher.mean_loss = mean
-        losses = [float(matcher(p)['total'].detach()) for p in parts]
+        task = OwnTask(matcher, Own(mean))
+        losses = [float(task(p)['total'].detach()) for p in parts]
         got, norm = train_step(
-            matcher,
+            task,
             parts,
             torch.optim.SGD(matcher.parameters(), lr=0.0),
             Accelerator(cpu=True),
@@ -382,16 +383,15 @@ def test_parts_of_a_batch_are_added_where_the_loss_is_a_sum_and_averaged_where_i
         )
         want = sum(x * len(p) for x, p in zip(losses, parts)) / 21 if mean else sum(losses) / 21
         assert got == pytest.approx(want)
-        alone = [gradient_of(matcher, [p], len(p)) for p in parts]
+        alone = [gradient_of(task, [p], len(p)) for p in parts]
         weighted = sum(g * len(p) / 21 for g, p in zip(alone, parts)) if mean else sum(alone)
-        torch.testing.assert_close(gradient_of(matcher, parts, 21), weighted, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(gradient_of(task, parts, 21), weighted, rtol=1e-9, atol=1e-12)
         assert norm == pytest.approx(float(weighted.norm()))
     soft = HardestBCE(hardest=False)
-    matcher.criterion = soft
-    matcher.mean_loss = False
-    assert is_mean(matcher)
+    task = Task(matcher, soft)
+    assert task.mean
     soft.hardest = True
-    assert not is_mean(matcher)
+    assert not task.mean
 
 
 def test_a_step_of_several_batches_is_the_run_of_their_sum(world, tmp_path):
@@ -466,16 +466,16 @@ class TwoLooks(VSE):
 
 
 def test_a_split_is_scored_exactly_or_by_two_looks_and_says_so(world, tmp_path, monkeypatch):
-    monkeypatch.setitem(train_module.MODELS, 'vse', TwoLooks)
+    monkeypatch.setitem(MODELS, 'vse', TwoLooks)
     best = train('vse', world, tmp_path / 'exact', **QUICK)
-    matcher = imtm_lite.load(best)
+    matcher, vocab, card = imtm_lite.load(best)
     dev = Split(world, 'dev')
-    exact, record = score_split(matcher, dev, matcher.vocab)
+    exact, record = score_split(matcher, dev, vocab)
     assert record == dict(scored='exactly', pairs=24 * 120) and matcher.asked == 0
-    monkeypatch.setattr(train_module, 'EXACT_PAIRS', 1000)
-    got, record = score_split(matcher, dev, matcher.vocab, candidates=4)
+    monkeypatch.setattr(gallery_module, 'EXACT_PAIRS', 1000)
+    got, record = score_split(matcher, dev, vocab, candidates=4)
     images = encode(matcher.encode_images, image_chunks(dev))
-    sentences = encode(matcher.encode_captions, [dev.encoded(matcher.vocab)[:]])
+    sentences = encode(matcher.encode_captions, [dev.encoded(vocab)[:]])
     first = matcher.first_scores(images, sentences)
     torch.testing.assert_close(
         got, rerank(matcher, images, sentences, first, candidates=4), rtol=0, atol=1e-6
@@ -487,11 +487,11 @@ def test_a_split_is_scored_exactly_or_by_two_looks_and_says_so(world, tmp_path, 
     )
     found = rerank_agreement(matcher, images, sentences, first, candidates=4, sample=TRIED)
     assert record['agreement'] == {str(k): round(x, 1) for k, x in found.items()}
-    assert score_split(matcher, dev, matcher.vocab)[1]['candidates'] == CANDIDATES and score_split(
-        matcher, dev, matcher.vocab, candidates=0
+    assert score_split(matcher, dev, vocab)[1]['candidates'] == RERANKED and score_split(
+        matcher, dev, vocab, candidates=0
     )[0].equal(exact)
     torch.testing.assert_close(
-        score_split(matcher, dev, matcher.vocab, candidates=1000)[0], exact, rtol=0, atol=1e-6
+        score_split(matcher, dev, vocab, candidates=1000)[0], exact, rtol=0, atol=1e-6
     )
     train('vse', world, tmp_path / 'two', candidates=5, **QUICK)
     said = [line['scored'] for line in Log(tmp_path / 'two/log.jsonl').lines() if 'dev' in line]
@@ -704,39 +704,38 @@ def test_training_learns(world, tmp_path, threads, seed):
         best = train('scan', world, tmp_path / 'run', seed=seed, **LEARNS)
     finally:
         torch.set_num_threads(before)
-    matcher = imtm_lite.load(best)
+    matcher, vocab, card = imtm_lite.load(best)
     own = Split(world, 'train')
     untrained = imtm_lite.load(
         train('scan', world, tmp_path / 'untrained', seed=seed, **LEARNS | dict(epochs=1, lr=0.0))
     )
-    assert split_recall(untrained, own, untrained.vocab).rsum < 80
+    assert split_recall(untrained.matcher, own, untrained.vocab).rsum < 80
     # found: 454 to 551 of 600, five seeds with one thread, three with two
-    assert split_recall(matcher, own, matcher.vocab).rsum > 250
+    assert split_recall(matcher, own, vocab).rsum > 250
     assert Log(tmp_path / 'run/log.jsonl').lines()[-1]['alarms'] == []
 
 
 def test_probe_accuracy_counts_by_kind(run, world):
-    matcher = imtm_lite.load(run)
+    matcher, vocab, card = imtm_lite.load(run)
     split = Split(world, 'test')
-    accuracy = probe_accuracy(matcher, split, matcher.vocab)
+    accuracy = probe_accuracy(matcher, split, vocab)
     assert set(accuracy) == {p['kind'] for p in split.probes} and all(
         0 <= a <= 100 for a in accuracy.values()
     )
     matcher.match = lambda images, captions: torch.zeros(len(images), len(captions))
     # a tie is a miss
-    assert set(probe_accuracy(matcher, split, matcher.vocab).values()) == {0.0}
+    assert set(probe_accuracy(matcher, split, vocab).values()) == {0.0}
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(run, world):
-    matcher = imtm_lite.load(run)
+    matcher, vocab, card = imtm_lite.load(run)
     split = Split(world, 'train')
-    matcher.criterion = Triplet()
     with torch.no_grad():
         matcher.regions.linear.weight[0, 0] = torch.nan
-    batch = next(iter(batches(split, matcher.vocab, size=8, seed=0, epoch=0)))
+    batch = next(iter(batches(split, vocab, size=8, seed=0, epoch=0)))
     with pytest.raises(FloatingPointError, match='lower the learning rate'):
         train_step(
-            matcher,
+            Task(matcher, Triplet()),
             [batch],
             torch.optim.SGD(matcher.parameters(), lr=0.1),
             Accelerator(cpu=True),
@@ -746,18 +745,18 @@ def test_a_loss_that_is_not_a_number_stops_the_run(run, world):
 
 
 def test_the_step_tells_the_matching_loss_apart_from_others(run, world):
-    matcher = imtm_lite.load(run)
+    matcher, vocab, card = imtm_lite.load(run)
     split = Split(world, 'train')
-    matcher.criterion = Triplet()
-    batch = next(iter(batches(split, matcher.vocab, size=8, seed=0, epoch=0)))
-    plain = float(matcher(batch)['total'].detach()) / 8
-    loss = matcher.loss
-    matcher.loss = lambda *a: (
-        (found := loss(*a))
-        and {'match': found['total'], 'phrase': 3 * found['total'], 'total': 4 * found['total']}
-    )
+
+    class WithPenalty(Task):
+        def losses(self, *arguments):
+            match = super().losses(*arguments)['total']
+            return {'match': match, 'phrase': 3 * match, 'total': 4 * match}
+
+    batch = next(iter(batches(split, vocab, size=8, seed=0, epoch=0)))
+    plain = float(Task(matcher, Triplet())(batch)['total'].detach()) / 8
     step, norm = train_step(
-        matcher,
+        WithPenalty(matcher, Triplet()),
         [batch],
         torch.optim.SGD(matcher.parameters(), lr=0.0),
         Accelerator(cpu=True),
@@ -770,16 +769,14 @@ def test_the_step_tells_the_matching_loss_apart_from_others(run, world):
 def test_ssamt_trains_resumes_and_comes_back_with_its_parser(world, tmp_path):
     quick = QUICK | dict(arguments=dict(width=8, heads=2, feedforward=16, parser='gold'))
     best = train('ssamt', world, tmp_path / 'run', **quick)
-    matcher = imtm_lite.load(best)
+    matcher, vocab, card = imtm_lite.load(best)
     dev = Split(world, 'dev')
     # an annotated split is for training alone
-    assert matcher.labels is None and matcher.vocab.parser(dev.captions[0]) == chunk(
-        dev.captions[0]
-    )
-    scores = split_scores(matcher, dev, matcher.vocab)
-    matcher.vocab.parser = lambda caption: SimpleNamespace(units=[])
+    assert vocab.parser(dev.captions[0]) == chunk(dev.captions[0])
+    scores = split_scores(matcher, dev, vocab)
+    without = Reader(vocab.vocab, lambda caption: SimpleNamespace(units=[]))
     # phrases take part in the words
-    assert not torch.equal(scores, split_scores(matcher, dev, matcher.vocab))
+    assert not torch.equal(scores, split_scores(matcher, dev, without))
     with pytest.raises(SettingError, match='spacy download no_such_model|needs spaCy'):
         train(
             'ssamt',

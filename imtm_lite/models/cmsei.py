@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imtm_lite.attention import (
-    RELEASED,
+    SCAN_TEMPERATURES,
     agreement,
     attend,
     gram,
@@ -181,8 +181,8 @@ class CMSEI(Matcher):
         object_word: bool = True,  # objects and words attend to each other
         object_sentence: bool = True,  # the sentence speaks to the objects
         word_image: bool = True,  # the picture speaks to the words
-        temperature: float = RELEASED['t2i'],  # of words over regions (SCAN's)
-        object_temperature: float = RELEASED['i2t'],  # of regions over words (SCAN's)
+        temperature: float = SCAN_TEMPERATURES['t2i'],  # of words over regions (SCAN's)
+        object_temperature: float = SCAN_TEMPERATURES['i2t'],  # of regions over words (SCAN's)
     ):
         super().__init__(locals())
         self.check_choice('spatial', (*SPATIAL_GRAPHS, 'none'))

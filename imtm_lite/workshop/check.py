@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOOKS', 'rows_in_chunks', 'look_at_features', 'look_at_captions', 'look_at_boxes', 'look_at_sizes', 'look_at_labels',
-           'look_at_scores', 'look_at_triples', 'look_at_phrases', 'look_at_probes', 'Report', 'check']
+           'look_at_scores', 'look_at_triples', 'look_at_phrases', 'look_at_probes', 'Report', 'split_names',
+           'note_copies', 'note_absent', 'note_shared', 'look_at_split', 'check']
 
 # %% ../../nbs/workshop/01_check.ipynb #check-imports
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from imtm_lite.data import (
@@ -20,11 +22,11 @@ from imtm_lite.data import (
     REQUIRED,
     Split,
     check_repeats,
+    first_true,
     path_of,
     read_boxes,
     read_features,
     read_labels,
-    read_picture,
 )
 from ..files import DataError
 from ..regions import box_area
@@ -38,35 +40,52 @@ def rows_in_chunks(split: Split) -> Iterator[np.ndarray]:
         yield np.arange(i, min(i + size, split.n_images))
 
 # %% ../../nbs/workshop/01_check.ipynb #data-113
+class _Twins:
+    "Counts images whose first region is that of the image before; it tells twins apart."
+
+    def __init__(self):
+        self.count = 0
+        self.last = None
+
+    def add(self, first: Tensor) -> None:  # (B, D) first region of the next images
+        if self.last is not None:
+            first = torch.cat([self.last, first])
+        self.count += (first[1:] == first[:-1]).all(1).sum().item()
+        self.last = first[-1:].clone()
+
+    def judge(self, split: Split) -> None:
+        N = split.n_images
+        if self.count > N / 2:
+            same = f'{self.count + 1} of {N} images seem to be the same as the one before them'
+            ids = split.path('ids').name
+            raise DataError(
+                split.path('features'),
+                f'{same}, under ids of their own',
+                f'give copies the same id in {ids}, then they are read as one image',
+            )
+
+
 def look_at_features(split: Split) -> dict[str, str]:
     "Range, norm, padding; copies are equal, and images stored several times are declared."
     low = np.inf
     high = -np.inf
     norm = 0.0
     real = 0
-    twins = 0
-    before = None
+    twins = _Twins()
     for rows in rows_in_chunks(split):
         check_repeats(split, rows)
         x, mask = read_features(split, rows)
         low = min(low, x.min().item())
         high = max(high, x.max().item())
-        norm = norm + x[mask].norm(dim=1).double().sum().item()
-        real = real + mask.sum().item()
-        # the first region tells twins apart
-        x = x[:, 0] if before is None else torch.cat([before, x[:, 0]])
-        twins = twins + (x[1:] == x[:-1]).all(1).sum().item()
-        before = x[-1:].clone()
+        norm += x[mask].norm(dim=1).double().sum().item()
+        real += mask.sum().item()
+        twins.add(x[:, 0])
+    twins.judge(split)
     N, R, D = split.features.shape
-    if twins > N / 2:
-        raise DataError(
-            split.path('features'),
-            f'{twins + 1} of {N} images seem to be the same as the one before them, under ids of their own',
-            f'give copies the same id in {split.path("ids").name}, then they are read as one image',
-        )
+    copies = f' x{split.repeats}' if split.repeats > 1 else ''
     return {
         'regions x width': f'{R} x {D}',
-        'stored as': f'{split.features.dtype}' + f' x{split.repeats}' * (split.repeats > 1),
+        'stored as': f'{split.features.dtype}{copies}',
         'feature range': f'{low:.3g} to {high:.3g}',
         'mean norm': f'{norm / real:.3g}',
         'padding': f'{100 - 100 * real / (N * R):.3g} %',
@@ -75,47 +94,60 @@ def look_at_features(split: Split) -> dict[str, str]:
 # %% ../../nbs/workshop/01_check.ipynb #data-115
 def look_at_captions(split: Split, vocab: Vocab | None) -> dict[str, str]:
     "Captions an image, words a caption, unknown words."
-    per = np.bincount(split.caption_image)
-    words = np.array([len(tokenize(c)) for c in split.captions])
-    out = {
+    each = np.bincount(split.caption_image)
+    words = np.array([len(tokenize(caption)) for caption in split.captions])
+    figures = {
         'images': f'{split.n_images}',
         'captions': f'{len(split.captions)}',
-        'captions an image': f'{per.min()}'
-        if per.min() == per.max()
-        else f'{per.min()} to {per.max()}',
+        'captions an image': f'{each.min()} to {each.max()}',
         'words a caption': f'{words.mean():.1f} ({words.min()} to {words.max()})',
     }
-    if vocab is None:
-        return out
-    unknown = sum(t not in vocab for c in split.captions for t in tokenize(c))
-    return out | {'unknown words': f'{100 * unknown / words.sum():.2f} %'}
+    if each.min() == each.max():
+        figures['captions an image'] = f'{each.min()}'
+    if vocab is not None:
+        tokens = [token for caption in split.captions for token in tokenize(caption)]
+        unknown = sum(token not in vocab for token in tokens)
+        figures['unknown words'] = f'{100 * unknown / len(tokens):.2f} %'
+    return figures
 
 # %% ../../nbs/workshop/01_check.ipynb #data-117
 def look_at_boxes(split: Split) -> dict[str, str]:
     "Mean area of a box, as a share of its picture."
-    share = [
-        box_area(boxes).mean(1) / sizes.prod(1)
-        for boxes, sizes in (read_boxes(split, rows) for rows in rows_in_chunks(split))
-    ]
-    return {'mean box area': f'{100 * torch.cat(share).mean():.1f} %'}
+    shares = []
+    for rows in rows_in_chunks(split):
+        boxes, sizes = read_boxes(split, rows)
+        shares.append(box_area(boxes).mean(1) / sizes.prod(1))
+    return {'mean box area': f'{100 * torch.cat(shares).mean():.1f} %'}
+
+
+def _other_proportions(split: Split) -> tuple[int, list[tuple[int, str]]]:
+    "How many pictures are there; row and true size of those with other proportions."
+    there = 0
+    wrong = []
+    for row, (width, height) in enumerate(split.sizes.tolist()):
+        true = split.picture(row, read=lambda image: image.size)
+        if true is None:
+            continue
+        there += 1
+        # a pixel is rounding
+        if abs(width * true[1] - height * true[0]) > max(width, height, *true):
+            wrong.append((row, f'{true[0]} x {true[1]}'))
+    return there, wrong
 
 
 def look_at_sizes(split: Split) -> dict[str, str]:
     "Sizes must have the proportions of the pictures that are there, but for a pixel."
-    there = 0
-    wrong = []
-    for row, (w, h) in enumerate(split.sizes.tolist()):
-        if (size := read_picture(split, row, lambda image: image.size)) is None:
-            continue
-        there += 1
-        if abs(w * size[1] - h * size[0]) > max(w, h, *size):
-            wrong.append((row, f'{w:g} x {h:g}', f'{size[0]} x {size[1]}'))
+    there, wrong = _other_proportions(split)
     if wrong:
-        row, stored, true = wrong[0]
+        row, true = wrong[0]
+        width, height = split.sizes[row]
         raise DataError(
             split.path('sizes'),
-            f'row {row} (image {split.ids[row]}): {stored}, but its picture is {true}; the proportions of {len(wrong)} of {there} pictures differ',
-            'boxes are made relative by these sizes: store those of the pictures that the boxes were found in (GSMN\'s files are known for it, data/README.md)',
+            f'row {row} (image {split.ids[row]}): {width:g} x {height:g}, '
+            f'but its picture is {true}; '
+            f'the proportions of {len(wrong)} of {there} pictures differ',
+            'boxes are made relative by these sizes: store those of the pictures that the boxes '
+            "were found in (GSMN's files are known for it, data/README.md)",
         )
     return {'sizes fit': f'{there} pictures'} if there else {}
 
@@ -123,19 +155,22 @@ def look_at_sizes(split: Split) -> dict[str, str]:
 def look_at_labels(split: Split) -> dict[str, str]:
     "Share of regions with a class, and how many classes occur."
     labels = torch.cat([read_labels(split, rows) for rows in rows_in_chunks(split)])
+    named = labels >= 0
     return {
-        'regions with a class': f'{100 * (labels >= 0).float().mean():.0f} %',
-        'classes seen': f'{len(labels[labels >= 0].unique())}',
+        'regions with a class': f'{100 * named.float().mean():.0f} %',
+        'classes seen': f'{len(labels[named].unique())}',
     }
 
 
 def look_at_scores(split: Split) -> dict[str, str]:
     "Mean confidence."
     scores = np.asarray(split.scores, dtype=np.float32)
-    for i, r in np.argwhere(~((scores >= 0) & (scores <= 1)))[:1]:
+    wrong = first_true(~((scores >= 0) & (scores <= 1)))
+    if wrong:
+        row, region = wrong
         raise DataError(
             split.path('scores'),
-            f'row {i}, region {r}: confidence {scores[i, r]}',
+            f'row {row}, region {region}: confidence {scores[wrong]}',
             'expected a number from 0 to 1',
         )
     return {'mean confidence': f'{scores.mean():.2f}'}
@@ -143,20 +178,19 @@ def look_at_scores(split: Split) -> dict[str, str]:
 # %% ../../nbs/workshop/01_check.ipynb #data-119
 def look_at_triples(split: Split) -> dict[str, str]:
     "Triples an image."
-    n = np.array([len(t) for t in split.triples])
+    n = np.array([len(triples) for triples in split.triples])
     return {'triples an image': f'{n.mean():.1f}', 'no triples': f'{100 * (n == 0).mean():.0f} %'}
 
 
 def look_at_phrases(split: Split) -> dict[str, str]:
     "Phrases a caption."
-    return {
-        'phrases a caption': f'{sum(len(spans) for p in split.phrases for spans in p["phrases"]) / len(split.captions):.1f}'
-    }
+    n = sum(len(spans) for line in split.phrases for spans in line['phrases'])
+    return {'phrases a caption': f'{n / len(split.captions):.1f}'}
 
 
 def look_at_probes(split: Split) -> dict[str, str]:
     "Number of probes, and of kinds."
-    kinds = [p['kind'] for p in split.probes]
+    kinds = [probe['kind'] for probe in split.probes]
     return {'probes': f'{len(kinds)} of {len(set(kinds))} kinds'}
 
 # %% ../../nbs/workshop/01_check.ipynb #data-121
@@ -187,29 +221,101 @@ class Report:
     def ok(self) -> bool:
         return not self.problems
 
+    def attempt(self, f, *args):
+        "`f(*args)`, or None and one problem more."
+        try:
+            return f(*args)
+        except DataError as fault:
+            self.problems.append(fault)
+
+    def _rows(self) -> list[str]:
+        "The table, a column per split."
+        columns = self.table.values()
+        rows = [['', *self.table]]
+        for what in dict.fromkeys(what for column in columns for what in column):
+            rows.append([what, *(column.get(what, '-') for column in columns)])
+        first, *others = [max(map(len, cells)) for cells in zip(*rows)]
+        lines = []
+        for what, *figures in rows:
+            cells = [figure.rjust(width) for figure, width in zip(figures, others)]
+            lines.append('  '.join([what.ljust(first), *cells]))
+        return lines
+
     def __str__(self):
-        names = list(dict.fromkeys(what for column in self.table.values() for what in column))
-        rows = [
-            ['', *self.table],
-            *([n, *(column.get(n, '-') for column in self.table.values())] for n in names),
-        ]
-        first, *widths = (max(map(len, column)) for column in zip(*rows))
         lines = [str(self.root)]
-        if names:
-            lines += [
-                '  '.join([r[0].ljust(first), *(x.rjust(w) for x, w in zip(r[1:], widths))])
-                for r in rows
-            ]
-        for title, items in (
-            ('not there:', self.absent),
-            ('notes:', self.notes),
-            ('PROBLEMS:', self.problems),
-        ):
+        if self.table:
+            lines += self._rows()
+        titles = {'not there:': self.absent, 'notes:': self.notes, 'PROBLEMS:': self.problems}
+        for title, items in titles.items():
             if items:
-                lines += [title, *(f'  {x}' for x in items)]
-        return '\n'.join(lines + ['no problems found'] * self.ok)
+                lines += [title, *(f'  {item}' for item in items)]
+        if self.ok:
+            lines.append('no problems found')
+        return '\n'.join(lines)
+
+# %% ../../nbs/workshop/01_check.ipynb #check-splits
+def split_names(root: Path) -> list[str]:
+    "The splits of which a folder has at least one required file."
+    names = set()
+    for key in REQUIRED:
+        for path in root.glob(FILES[key][0].format(s='*')):
+            names.add(path.name.rsplit('_', 1)[0])
+    if not names:
+        raise DataError(
+            root,
+            'no split found' if root.is_dir() else 'there is no such folder',
+            'expected at least train_ims.npy, train_caps.txt and train_ids.txt; '
+            'data/README.md describes them',
+        )
+    usual = [name for name in ('train', 'dev', 'test', 'testall') if name in names]
+    return usual + sorted(names.difference(usual))
+
+# %% ../../nbs/workshop/01_check.ipynb #check-notes-a
+def note_copies(split: Split, report: Report) -> None:
+    "How much of a file of features is copies."
+    k = split.repeats
+    if k > 1:
+        file = split.path('features').name
+        size = split.stored.nbytes / 1e9
+        report.notes.append(
+            f'{file} stores each image {k} times, a row a caption: it is read as one, '
+            f'every caption finds its own; {size * (1 - 1 / k):.2g} of {size:.2g} GB are copies'
+        )
+
+
+def note_absent(splits: dict[str, Split], report: Report) -> None:
+    "Optional files that are not there, and what they would be for."
+    for key, (file, holds, use) in FILES.items():
+        if key in (*REQUIRED, 'caption_image'):
+            continue
+        lacking = [name for name in splits if not path_of(report.root, name, key).exists()]
+        if lacking:
+            where = f'{file} ({", ".join(lacking)})' if '{s}' in file else file
+            report.absent.append(f'{where}: {holds}; for {use}')
+
+
+def note_shared(splits: dict[str, Split], report: Report) -> None:
+    "Pictures of the training split that occur in another one too."
+    if 'train' not in splits:
+        return
+    for name, split in splits.items():
+        shared = set(split.ids) & set(splits['train'].ids)
+        if shared and name != 'train':
+            report.notes.append(
+                f'{len(shared)} ids of {name} occur in train too, for example {min(shared)}: '
+                'are these the same pictures?'
+            )
 
 # %% ../../nbs/workshop/01_check.ipynb #data-123
+def look_at_split(split: Split, vocab: Vocab | None, report: Report, progress: bool) -> None:
+    "A column of the table."
+    report.table[split.name] = column = look_at_captions(split, vocab)
+    note_copies(split, report)
+    there = [key for key in LOOKS if getattr(split, key) is not None]
+    for key in tqdm(there, desc=split.name, disable=not progress):
+        column.update(report.attempt(LOOKS[key], split) or {})
+
+
 def check(
     root: str | Path,  # a folder in the layout of `FILES`
     *,
@@ -217,53 +323,17 @@ def check(
     progress: bool = False,  # show a bar
 ) -> Report:
     "Read a whole data set, a piece at a time, and report what is there and what is wrong with it."
-    root, report, splits = Path(root), Report(Path(root)), {}
-    found = {
-        p.name.rsplit('_', 1)[0] for key in REQUIRED for p in root.glob(FILES[key][0].format(s='*'))
-    }
-    if not found:
-        raise DataError(
-            root,
-            'no split found' if root.is_dir() else 'there is no such folder',
-            'expected at least train_ims.npy, train_caps.txt and train_ids.txt; data/README.md describes them',
-        )
-    usual = [s for s in ('train', 'dev', 'test', 'testall') if s in found]
-
-    def attempt(f, *args):
-        try:
-            return f(*args)
-        except DataError as e:
-            report.problems.append(e)
-
-    for name in usual + sorted(found.difference(usual)):
-        if split := attempt(Split, root, name):
-            splits[name] = split
-    vocab = Vocab.build(splits['train'].captions, min_freq) if 'train' in splits else None
-    if vocab:
-        report.notes.append(
-            f'unknown words: not among the {len(vocab)} that train has at least {min_freq} times'
-        )
-    for name, split in splits.items():
-        report.table[name] = column = look_at_captions(split, vocab)
-        if (k := split.repeats) > 1:
-            file = split.path('features').name
-            size = split.stored.nbytes / 1e9
-            report.notes.append(
-                f'{file} stores each image {k} times, a row a caption: it is read as one, every caption finds its own; {size * (1 - 1 / k):.2g} of {size:.2g} GB are copies'
-            )
-        for key in tqdm(
-            [k for k in LOOKS if getattr(split, k) is not None], desc=name, disable=not progress
-        ):
-            column.update(attempt(LOOKS[key], split) or {})
-    for key, (file, holds, use) in FILES.items():
-        lacking = [name for name in splits if not path_of(root, name, key).exists()]
-        where = f'{file} ({", ".join(lacking)})' if '{s}' in file else file
-        if lacking and key not in (*REQUIRED, 'caption_image'):
-            report.absent.append(f'{where}: {holds}; for {use}')
-    for name in splits if 'train' in splits else ():
-        shared = set(splits[name].ids) & set(splits['train'].ids) if name != 'train' else ()
-        if shared:
-            report.notes.append(
-                f'{len(shared)} ids of {name} occur in train too, for example {min(shared)}: are these the same pictures?'
-            )
+    root = Path(root)
+    report = Report(root)
+    opened = [report.attempt(Split, root, name) for name in split_names(root)]
+    splits = {split.name: split for split in opened if split is not None}
+    vocab = None
+    if 'train' in splits:
+        vocab = Vocab.build(splits['train'].captions, min_freq)
+        known = f'the {len(vocab)} that train has at least {min_freq} times'
+        report.notes.append(f'unknown words: not among {known}')
+    for split in splits.values():
+        look_at_split(split, vocab, report, progress)
+    note_absent(splits, report)
+    note_shared(splits, report)
     return report

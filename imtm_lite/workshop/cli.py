@@ -28,28 +28,19 @@ import imtm_lite
 from .. import results
 from ..checkpoints import check_fits, load
 from ..data import Split, image_chunks, need
-from imtm_lite.explore import (
-    GROUNDING,
-    draw_rankings,
-    unknown_words,
-)
-from imtm_lite.explore import (
-    ground as ground_phrases,
-)
-from imtm_lite.explore import (
-    search as find,
-)
+from ..explore import GROUNDING, draw_rankings, unknown_words
+from ..explore import ground as ground_phrases
+from ..explore import search as find
 from ..files import CheckpointError, DataError, SettingError, shipped
+from ..gallery import probe_accuracy, score_split
 from ..health import diagnose, health, health_sample
 from ..processes import Processes
 from ..recall import PROTOCOLS, Recall, check_protocol, evaluate
 from ..recipes import recipe, train_recipe
 from ..runs import Log, say_scored
-from ..scoring import probe_accuracy, score_split
 from . import experiments
 from .check import check as check_data
-from .convert import CONVERTERS
-from .convert import convert as convert_files
+from .convert import CONVERTERS, convert_files
 from .course import course_app
 from .photos import write_photos
 from .relations import RelationPrior, write_triples
