@@ -330,11 +330,11 @@ def copy(world, tmp_path):
 
 
 def test_a_checkpoint_rebuilds_graphs_and_order(run, world):
-    matcher, _, card = load(run)
-    assert matcher.needs == ('boxes', 'triples')
-    assert card['predicates'] == Split(world, 'train').predicates
-    assert matcher.config['order'] == 'implicit-explicit'
-    check_fits(matcher, Split(world, 'dev'))
+    loaded = load(run)
+    assert loaded.matcher.needs == ('boxes', 'triples')
+    assert loaded.card['predicates'] == Split(world, 'train').predicates
+    assert loaded.matcher.config['order'] == 'implicit-explicit'
+    check_fits(loaded, Split(world, 'dev'))
 
 
 @pytest.mark.parametrize(
@@ -355,16 +355,16 @@ def test_training_refuses_data_without_the_files_it_needs(file, needed, split, w
 
 
 def test_a_checkpoint_refuses_data_it_cannot_read(run, world, tmp_path):
-    matcher = load(run).matcher
+    loaded = load(run)
     data = copy(world, tmp_path)
     words = (data / 'predicates.txt').read_text().split('\n')
     (data / 'predicates.txt').write_text('\n'.join([words[1], words[0], *words[2:]]))
     with pytest.raises(CheckpointError, match='predicates.txt: other predicates'):
-        check_fits(matcher, Split(data, 'test'))
+        check_fits(loaded, Split(data, 'test'))
     (data / 'test_triples.jsonl').unlink()
     message = 'test_triples.jsonl: this file is missing, and hire needs it'
     with pytest.raises(DataError, match=message):
-        check_fits(matcher, Split(data, 'test'))
+        check_fits(loaded, Split(data, 'test'))
 
 
 def test_bad_arguments_are_one_line():
