@@ -1,20 +1,22 @@
 # make demo   a world, two models trained, a table and a picture
-# make test   the tests, and every notebook from top to bottom
+# make test   ruff, the tests, and every notebook from top to bottom
 # make lab    the lessons in JupyterLab
 # make readme README.md from nbs/index.ipynb
 # make bench  speed and memory of every model beside its plain form, on one core
 # make detector  train the mini detector again
+# make package   source archive and wheel, in dist/
 
 PYTHON ?= python3
 BIN = .venv/bin
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 
-.PHONY: demo test lab readme bench detector
+.PHONY: demo test lab readme bench detector package
 
 demo: .venv/installed
 	$(BIN)/imtm demo --out runs/demo
 
 test: .venv/installed
+	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q tests
 
 lab: .venv/installed
@@ -28,6 +30,9 @@ bench: .venv/installed
 
 detector: .venv/installed
 	$(BIN)/python -m imtm_lite.world.detector imtm_lite/shipped/detector.safetensors
+
+package: .venv/installed
+	$(BIN)/python -m build
 
 .venv/installed: constraints.txt settings.ini setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || \

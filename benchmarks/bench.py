@@ -40,7 +40,7 @@ from imtm_lite.regions import Regions
 from imtm_lite.scoring import PeakBytes, pair_bytes, score, tile_shape
 from imtm_lite.tasks import Task
 from imtm_lite.text import Captions, Vocab
-from imtm_lite.workshop.cli import commit
+from imtm_lite.workshop.printing import commit
 
 REGIONS = 36
 WORDS = 200

@@ -14,7 +14,7 @@ from benchmarks.bench import training_batch, training_task
 from imtm_lite.data import Batch
 from imtm_lite.scoring import PeakBytes
 from imtm_lite.tasks import Task
-from imtm_lite.workshop.cli import commit
+from imtm_lite.workshop.printing import commit
 
 FORMS = ('camp', 'camp scalar gates', 'camp released', 'camp stage 1')
 

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 from imtm_lite.checkpoints import build, check_fits, load
 from imtm_lite.data import Split
+from imtm_lite.explain import edge_influence
 from imtm_lite.files import CheckpointError, DataError, SettingError
-from imtm_lite.models.cmsei import LEVELS, edge_influence
+from imtm_lite.models.cmsei import LEVELS
 from imtm_lite.models.hire import ORDERS
 from imtm_lite.regions import Regions
 from imtm_lite.runs import train

@@ -11,8 +11,42 @@ from imtm_lite.losses import HardestBCE, Triplet, collapsed
 from imtm_lite.recall import PROTOCOLS, evaluate, ranks, recall
 
 
-def wrong(same, i, transpose=False):
-    return [j for j in range(len(same)) if not (same[j, i] if transpose else same[i, j])]
+def rivals(cost, same, i):
+    "Costs of the wrong sentences for picture i, and of the wrong pictures for sentence i."
+    size = len(same)
+    sentences = [float(cost[i, j]) for j in range(size) if not same[i, j]]
+    pictures = [float(cost[j, i]) for j in range(size) if not same[j, i]]
+    return sentences, pictures
+
+
+def triplet_by_loops(scores, same, margin, hardest):
+    total = 0.0
+    for i in range(len(scores)):
+        cost = margin + scores - scores[i, i]
+        for wrong in rivals(cost, same, i):
+            positive = [max(0.0, c) for c in wrong]
+            total += max(positive, default=0.0) if hardest else sum(positive)
+    return total
+
+
+def bce_by_loops(m, same):
+    total = 0.0
+    for i in range(len(m)):
+        total -= 2 * math.log(m[i, i])
+        for wrong in rivals(m, same, i):
+            total += max([-math.log(1 - probability) for probability in wrong], default=0.0)
+    return total
+
+
+def bce_of_all_by_loops(m, same):
+    size = len(m)
+    right = 0.0
+    wrong = 0.0
+    for i in range(size):
+        right -= math.log(m[i, i])
+        sentences, _ = rivals(m, same, i)
+        wrong -= sum(math.log(1 - probability) for probability in sentences)
+    return right / size + wrong / size**2
 
 
 @settings(max_examples=60, deadline=None)
@@ -28,15 +62,8 @@ def test_triplet_equals_loops(size, pictures, seed, hardest, margin):
     s = torch.rand(size, size, dtype=torch.float64, generator=g)
     image = torch.randint(pictures, (size,), generator=g)
     same = image[:, None] == image
-    pick = (lambda x: max(x, default=0.0)) if hardest else sum
-    plain = sum(
-        pick([max(0.0, margin + float(s[i, j] - s[i, i])) for j in wrong(same, i)])
-        + pick([max(0.0, margin + float(s[j, i] - s[i, i])) for j in wrong(same, i, True)])
-        for i in range(size)
-    )
-    assert float(Triplet(margin=margin, hardest=hardest)(s, same)) == pytest.approx(
-        plain, abs=1e-10
-    )
+    loss = float(Triplet(margin=margin, hardest=hardest)(s, same))
+    assert loss == pytest.approx(triplet_by_loops(s, same, margin, hardest), abs=1e-10)
 
 
 @settings(max_examples=60, deadline=None)
@@ -49,18 +76,9 @@ def test_bce_equals_loops(size, pictures, seed):
     m[0, 0] = 0.0
     same = image[:, None] == image
     c = m.clamp(1e-6, 1 - 1e-6)
-    plain = sum(
-        -2 * math.log(c[i, i])
-        + max([-math.log(1 - c[i, j]) for j in wrong(same, i)], default=0.0)
-        + max([-math.log(1 - c[j, i]) for j in wrong(same, i, True)], default=0.0)
-        for i in range(size)
-    )
-    assert float(HardestBCE()(m, same)) == pytest.approx(plain, abs=1e-9)
-    every = (
-        -sum(math.log(c[i, i]) for i in range(size)) / size
-        - sum(math.log(1 - c[i, j]) for i in range(size) for j in wrong(same, i)) / size**2
-    )
-    assert float(HardestBCE(hardest=False)(m, same)) == pytest.approx(every, abs=1e-9)
+    assert float(HardestBCE()(m, same)) == pytest.approx(bce_by_loops(c, same), abs=1e-9)
+    every = float(HardestBCE(hardest=False)(m, same))
+    assert every == pytest.approx(bce_of_all_by_loops(c, same), abs=1e-9)
 
 
 @pytest.mark.parametrize('criterion', [Triplet(), HardestBCE()])
@@ -92,17 +110,18 @@ def test_collapse_values_are_those_reported_for_a_batch_of_64(criterion, reporte
 )
 def test_ranks_equal_brute_force_with_ties_and_one_to_nine_captions(images, seed, rows, levels):
     g = torch.Generator().manual_seed(seed)
-    of = torch.cat(
-        [torch.full((int(torch.randint(1, 10, (), generator=g)),), b) for b in range(images)]
-    )
+    counts = torch.randint(1, 10, (images,), generator=g)
+    of = torch.arange(images).repeat_interleave(counts)
     of = of[torch.randperm(len(of), generator=g)]
     s = (torch.rand(images, len(of), generator=g) * levels).round()
     i2t, t2i = ranks(s, of, rows=rows)
     for b in range(images):
-        best = max(s[b, c] for c in range(len(of)) if of[c] == b)
-        assert i2t[b] == sum(bool(s[b, c] >= best) for c in range(len(of)) if of[c] != b)
+        best = s[b, of == b].max()
+        assert i2t[b] == sum(bool(score >= best) for score in s[b, of != b])
     for c in range(len(of)):
-        assert t2i[c] == sum(bool(s[b, c] >= s[of[c], c]) for b in range(images) if b != of[c])
+        right = s[of[c], c]
+        others = torch.arange(images) != of[c]
+        assert t2i[c] == sum(bool(score >= right) for score in s[others, c])
 
 
 def test_a_tie_never_flatters():
@@ -120,10 +139,13 @@ def test_five_folds_are_the_mean_of_five_galleries():
     of = torch.arange(5000).repeat_interleave(5)
     s = torch.rand(5000, 25000)
     s[of, torch.arange(25000)] += 0.5
-    parts = [recall(s[k : k + 1000, 5 * k : 5 * k + 5000], of[:5000]) for k in range(0, 5000, 1000)]
-    got = evaluate(s, of, 'coco-1k-5fold')
-    assert got.rsum == pytest.approx(sum(p.rsum for p in parts) / 5)
-    assert 'coco-1k-5fold' in str(got)
+    folds = []
+    for k in range(0, 5000, 1000):
+        block = s[k : k + 1000, 5 * k : 5 * k + 5000]
+        folds.append(recall(block, of[:5000]).rsum)
+    folded = evaluate(s, of, 'coco-1k-5fold')
+    assert folded.rsum == pytest.approx(sum(folds) / 5)
+    assert 'coco-1k-5fold' in str(folded)
 
 
 @pytest.mark.parametrize('name', [n for n, p in PROTOCOLS.items() if p.images])

@@ -20,7 +20,8 @@ from imtm_lite.recall import PROTOCOLS, Protocol, evaluate
 from imtm_lite.recipes import RECIPES
 from imtm_lite.results import ROWS, files_of, page, read_records, report
 from imtm_lite.runs import train
-from imtm_lite.workshop.cli import commit, main
+from imtm_lite.workshop.cli import main
+from imtm_lite.workshop.printing import commit
 from imtm_lite.workshop.reproduce import (
     DRY,
     DRY_STAGES,

@@ -1,6 +1,8 @@
 "The generated world: deterministic, true, balanced, and as noisy as its knobs say."
 
+import itertools
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,12 +11,12 @@ from imtm_lite.world.scenes import (
     ACTIONS,
     CATEGORIES,
     COLOURS,
-    KINDS,
     NOUNS,
     OPPOSITE,
     PLURALS,
     POSES,
     PREDICATES,
+    PROBE_KINDS,
     SPATIAL,
     Noise,
     Scene,
@@ -40,101 +42,99 @@ def scenes():
 
 @pytest.fixture(scope='module')
 def sentences(scenes):
-    return [describe(s, seed=k) for k, s in enumerate(scenes)]
+    return [describe(scene, seed=k) for k, scene in enumerate(scenes)]
 
 
 @pytest.fixture(scope='module')
 def pairs(scenes):
-    return [(s, p) for k, s in enumerate(scenes) for p in probes(s, seed=k)]
+    "Every scene with each of its probes."
+    made = []
+    for k, scene in enumerate(scenes):
+        made += [(scene, probe) for probe in probes(scene, seed=k)]
+    return made
 
 
 def test_deterministic(scenes):
-    for k in range(10):
+    for k, scene in enumerate(scenes[:10]):
         again = make_scene(k)
-        assert again == scenes[k]
-        assert np.array_equal(draw(again), draw(scenes[k]))
-        assert describe(again, k) == describe(scenes[k], k) and probes(again, k) == probes(
-            scenes[k], k
-        )
-        a = detect(again, k)
-        b = detect(scenes[k], k)
-        assert (
-            np.array_equal(a.boxes, b.boxes)
-            and np.array_equal(a.thing, b.thing)
-            and a.triples == b.triples
-        )
-    assert len({str(s) for s in scenes}) == N
+        assert again == scene
+        assert np.array_equal(draw(again), draw(scene))
+        assert describe(again, k) == describe(scene, k)
+        assert probes(again, k) == probes(scene, k)
+        second = detect(again, k)
+        first = detect(scene, k)
+        assert np.array_equal(second.boxes, first.boxes)
+        assert np.array_equal(second.thing, first.thing)
+        assert second.triples == first.triples
+    assert len({str(scene) for scene in scenes}) == N
 
 
 def test_scenes_are_well_formed(scenes):
-    for s in scenes:
-        assert 3 <= len(s.things) <= 7
-        for t in s.things:
-            x0, y0, x1, y1 = t.box
-            assert 0 <= x0 < x1 <= s.side and 0 <= y0 < y1 <= s.side
-            assert (
-                t.category in CATEGORIES
-                and t.colour in COLOURS
-                and t.pose in POSES
-                and t.facing in ('left', 'right')
-            )
-        for i, p, j in s.actions:
-            assert p in ACTIONS and i != j and max(i, j) < len(s.things)
-        for i, p, j in spatial_facts(s):
-            assert p in SPATIAL and i != j
-    assert {t.category for s in scenes for t in s.things} == set(CATEGORIES)
-    assert {p for s in scenes for _, p, _ in s.actions} == set(ACTIONS)
-    assert max(Counter(t.category for t in s.things).most_common(1)[0][1] for s in scenes) == 3
+    for scene in scenes:
+        assert 3 <= len(scene.things) <= 7
+        for thing in scene.things:
+            x0, y0, x1, y1 = thing.box
+            assert 0 <= x0 < x1 <= scene.side and 0 <= y0 < y1 <= scene.side
+            assert thing.category in CATEGORIES and thing.colour in COLOURS
+            assert thing.pose in POSES and thing.facing in ('left', 'right')
+        for i, action, j in scene.actions:
+            assert action in ACTIONS and i != j and max(i, j) < len(scene.things)
+        for i, predicate, j in spatial_facts(scene):
+            assert predicate in SPATIAL and i != j
+
+
+def test_every_category_and_action_occurs(scenes):
+    categories = [[thing.category for thing in scene.things] for scene in scenes]
+    assert set().union(*categories) == set(CATEGORIES)
+    actions = [{action for _, action, _ in scene.actions} for scene in scenes]
+    assert set().union(*actions) == set(ACTIONS)
+    assert max(max(Counter(names).values()) for names in categories) == 3
 
 
 def test_pictures(scenes):
-    for s in scenes[:20]:
-        picture = draw(s)
+    for scene in scenes[:20]:
+        picture = draw(scene)
         assert picture.shape == (128, 128, 3) and picture.dtype == np.uint8
-        assert not np.array_equal(picture, draw(Scene([], backdrop=s.backdrop)))
+        assert not np.array_equal(picture, draw(Scene([], backdrop=scene.backdrop)))
 
 
-def test_every_thing_shows():
-    for c in CATEGORIES:
-        empty = draw(Scene([]))
-        shown = {}
-        for colour in COLOURS:
-            inside = Thing(c, colour, 'medium', (40, 40, 90, 90))
-            changed = (draw(Scene([inside])) != empty).any(-1)
-            assert (
-                changed[40:90, 40:90].sum() > 200
-                and changed.sum() < 1.15 * changed[40:90, 40:90].sum() + 60
-            )
-            shown[colour] = draw(Scene([inside])).tobytes()
-        assert len(set(shown.values())) == len(COLOURS)
+@pytest.mark.parametrize('category', CATEGORIES)
+def test_every_thing_shows(category):
+    empty = draw(Scene([]))
+    shown = set()
+    for colour in COLOURS:
+        picture = draw(Scene([Thing(category, colour, 'medium', (40, 40, 90, 90))]))
+        changed = (picture != empty).any(-1)
+        inside = changed[40:90, 40:90].sum()
+        assert inside > 200
+        assert changed.sum() < 1.15 * inside + 60
+        shown.add(picture.tobytes())
+    assert len(shown) == len(COLOURS)
 
 
 def test_directions_are_opposite(scenes):
-    for s in scenes:
-        facts = set(spatial_facts(s))
-        for i, p, j in facts:
-            if p in OPPOSITE:
-                assert (j, OPPOSITE[p], i) in facts
-            if p == 'next to':
-                assert (j, p, i) in facts
+    for scene in scenes:
+        facts = set(spatial_facts(scene))
+        for i, predicate, j in facts:
+            if predicate in OPPOSITE:
+                assert (j, OPPOSITE[predicate], i) in facts
+            if predicate == 'next to':
+                assert (j, predicate, i) in facts
 
 
 def test_facts_do_not_know_of_actions(scenes):
-    for s in scenes:
-        still = Scene([Thing(t.category, t.colour, t.size, t.box) for t in s.things])
-        assert spatial_facts(still) == spatial_facts(s)
-    picture = [
-        draw(
-            Scene(
-                [
-                    Thing('man', 'red', 'medium', (50, 50, 78, 96), pose),
-                    Thing('ball', 'blue', 'medium', (76, 65, 91, 80)),
-                ]
-            )
-        )
-        for pose in ('standing', 'reaching', 'arms up', 'sitting', 'running', 'looking')
-    ]
-    assert len({p.tobytes() for p in picture}) == 6
+    for scene in scenes:
+        things = [Thing(t.category, t.colour, t.size, t.box) for t in scene.things]
+        assert spatial_facts(Scene(things)) == spatial_facts(scene)
+
+
+def test_poses_are_drawn():
+    ball = Thing('ball', 'blue', 'medium', (76, 65, 91, 80))
+    pictures = set()
+    for pose in POSES:
+        man = Thing('man', 'red', 'medium', (50, 50, 78, 96), pose)
+        pictures.add(draw(Scene([man, ball])).tobytes())
+    assert len(pictures) == len(POSES) == 6
 
 
 def test_boxes_do_not_tell_the_action():
@@ -142,147 +142,174 @@ def test_boxes_do_not_tell_the_action():
     left_chases = []
     ridden = []
     for seed in range(2000):
-        s = make_scene(10**5 + seed)
-        for i, p, j in s.actions:
-            if p == 'chasing':
-                left_chases.append(s.things[i].box[0] < s.things[j].box[0])
-            if p == 'riding':
-                ridden.append(1)
-            if p == 'standing on':
-                ridden.append(0)
-    for v in (left_chases, ridden):
-        assert abs(np.mean(v) - 0.5) < 4 * 0.5 / len(v) ** 0.5
+        scene = make_scene(10**5 + seed)
+        for i, action, j in scene.actions:
+            if action == 'chasing':
+                left_chases.append(scene.things[i].box[0] < scene.things[j].box[0])
+            if action in ('riding', 'standing on'):
+                ridden.append(action == 'riding')
+    for tosses in (left_chases, ridden):
+        assert abs(np.mean(tosses) - 0.5) < 4 * 0.5 / len(tosses) ** 0.5
 
 
 def test_sentences_hold(scenes, sentences):
-    for s, five in zip(scenes, sentences):
-        assert len({x.text for x in five}) == 5
-        for x in five:
-            assert holds(x, s), x.text
+    for scene, five in zip(scenes, sentences):
+        assert len({sentence.text for sentence in five}) == 5
+        for sentence in five:
+            assert holds(sentence, scene), sentence.text
 
 
 def test_sentences_are_not_true_of_everything(scenes, sentences):
-    other = np.mean(
-        [holds(x, scenes[(k + 1) % N]) for k, five in enumerate(sentences) for x in five]
-    )
-    assert other < 0.05
-    assert any(
-        holds(x, t) for k, five in enumerate(sentences[:100]) for x in five for t in scenes[100:200]
-    )
+    true = []
+    for five, other in zip(sentences, scenes[1:] + scenes[:1]):
+        true += [holds(sentence, other) for sentence in five]
+    assert np.mean(true) < 0.05
+    early = itertools.chain(*sentences[:100])
+    assert any(holds(*both) for both in itertools.product(early, scenes[100:200]))
 
 
-def test_words_and_spans(scenes, sentences):
-    for s, five in zip(scenes, sentences):
-        groups = chains(s)
-        for x in five:
-            tokens = x.text.split()
-            assert (
-                6 <= len(tokens) <= 16
-                and x.text == ' '.join(tokens)
-                and x.text.isascii()
-                and x.text.replace(' ', '').isalpha()
-            )
-            assert len(x.phrases) == len(x.mentions)
-            for (start, end, _, chain), m in zip(x.phrases, x.mentions):
+def test_words(sentences):
+    for sentence in itertools.chain(*sentences):
+        tokens = sentence.text.split()
+        assert 6 <= len(tokens) <= 16 and sentence.text == ' '.join(tokens)
+        assert sentence.text.isascii() and ''.join(tokens).isalpha()
+
+
+def test_spans(sentences):
+    for sentence in itertools.chain(*sentences):
+        assert len(sentence.phrases) == len(sentence.mentions)
+        spans = sorted((start, end) for start, end, _, _ in sentence.phrases)
+        for (_, end), (start, _) in zip(spans, spans[1:]):
+            assert end <= start
+        for one, predicate, other in sentence.triples:
+            assert predicate in PREDICATES and one != other
+
+
+def names_of(category):
+    "Its nouns, and their plurals."
+    nouns = NOUNS[category]
+    return {*nouns, *(PLURALS.get(noun, noun + 's') for noun in nouns)}
+
+
+def test_phrases_say_what_their_chains_are(scenes, sentences):
+    for scene, five in zip(scenes, sentences):
+        groups = chains(scene)
+        for sentence in five:
+            tokens = sentence.text.split()
+            for (start, end, _, chain), mention in zip(sentence.phrases, sentence.mentions):
                 words = tokens[start:end]
-                assert words[0] in ('a', 'an', 'two', 'three')
-                assert any(
-                    w in words for n in NOUNS[m.category] for w in (n, PLURALS.get(n, n + 's'))
-                )
-                assert {s.things[i].category for i in groups[chain]} == {m.category} and len(
-                    groups[chain]
-                ) == m.count
-                if m.colour:
-                    assert m.colour in words and {s.things[i].colour for i in groups[chain]} == {
-                        m.colour
-                    }
-                if words[0] in ('a', 'an'):
-                    assert (words[0] == 'an') == (words[1][0] in 'aeiou')
-            spans = sorted((a, b) for a, b, _, _ in x.phrases)
-            assert all(b <= c for (_, b), (c, _) in zip(spans, spans[1:]))
-            for a, p, b in x.triples:
-                assert p in PREDICATES and a != b
+                things = [scene.things[i] for i in groups[chain]]
+                assert names_of(mention.category) & set(words)
+                assert {thing.category for thing in things} == {mention.category}
+                assert len(things) == mention.count
+                if mention.colour:
+                    assert mention.colour in words
+                    assert {thing.colour for thing in things} == {mention.colour}
+
+
+def test_articles(sentences):
+    for sentence in itertools.chain(*sentences):
+        tokens = sentence.text.split()
+        for start, _, _, _ in sentence.phrases:
+            assert tokens[start] in ('a', 'an', 'two', 'three')
+            if tokens[start] in ('a', 'an'):
+                assert (tokens[start] == 'an') == (tokens[start + 1][0] in 'aeiou')
+
+
+def balls_and_a_tree(n):
+    things = [Thing('tree', 'red', 'medium', (60, 60, 90, 110))]
+    for x in range(10, 10 + 30 * n, 30):
+        things.append(Thing('ball', 'red', 'medium', (x, 10, x + 15, 25)))
+    return Scene(things)
 
 
 def test_counting_is_exact():
-    ball = lambda x: Thing('ball', 'red', 'medium', (x, 10, x + 15, 25))
-    two, three = (
-        Scene(
-            [ball(10 + 30 * k) for k in range(n)]
-            + [Thing('tree', 'red', 'medium', (60, 60, 90, 110))]
-        )
-        for n in (2, 3)
-    )
-    says = {
-        m.count: x
-        for s in (two, three)
-        for seed in range(20)
-        for x in describe(s, seed)
-        for m in x.mentions
-        if m.count > 1
-    }
-    assert (
-        holds(says[2], two)
-        and holds(says[3], three)
-        and not holds(says[2], three)
-        and not holds(says[3], two)
-    )
+    scenes = {n: balls_and_a_tree(n) for n in (2, 3)}
+    counted = {}
+    for scene in scenes.values():
+        for seed in range(20):
+            for sentence in describe(scene, seed):
+                most = max(mention.count for mention in sentence.mentions)
+                counted[most] = sentence
+    for n, other in ((2, 3), (3, 2)):
+        assert holds(counted[n], scenes[n])
+        assert not holds(counted[n], scenes[other])
 
 
 def test_probes(pairs):
-    assert {p.kind for _, p in pairs} == set(KINDS)
-    for s, p in pairs:
-        assert holds(p.true, s) and not holds(p.false, s), (p.kind, p.true.text, p.false.text)
-        for x in (p.true, p.false):
-            assert 6 <= len(x.text.split()) <= 16
+    assert {probe.kind for _, probe in pairs} == set(PROBE_KINDS)
+    for scene, probe in pairs:
+        texts = (probe.kind, probe.true.text, probe.false.text)
+        assert holds(probe.true, scene) and not holds(probe.false, scene), texts
+        for sentence in (probe.true, probe.false):
+            assert 6 <= len(sentence.text.split()) <= 16
 
 
-def test_probes_differ_in_one_thing(pairs):
-    plain = lambda x: ['a' if w == 'an' else w for w in x.text.split()]
-    for _, p in pairs:
-        t = plain(p.true)
-        f = plain(p.false)
-        differ = [(a, b) for a, b in zip(t, f) if a != b]
-        if p.kind != 'left-right' and p.kind != 'who-does-what':
-            assert len(t) == len(f)
-        if p.kind == 'object':
-            assert (
-                len(differ) == 1
-                and sum(a != b for a, b in zip(p.true.mentions, p.false.mentions)) == 1
-            )
-        if p.kind == 'attribute':
-            assert (
-                len(differ) == 2
-                and differ[0] == differ[1][::-1]
-                and set(differ[0]) <= set(COLOURS)
-                and sorted(t) == sorted(f)
-            )
-        if p.kind == 'count':
-            assert [set(d) for d in differ] == [{'two', 'three'}]
-        if p.kind == 'left-right':
-            assert [set(d) for d in differ] == [{'left', 'right'}]
-        if p.kind == 'above-below':
-            assert [set(d) for d in differ] in (
-                [{'above', 'below'}],
-                [{'over', 'under'}],
-                [{'higher', 'lower'}],
-            )
-        if p.kind == 'who-does-what':
-            assert p.true.pieces == p.false.pieces and p.true.triples == p.false.triples
-            changed = [(a, b) for a, b in zip(p.true.mentions, p.false.mentions) if a != b]
-            assert len(changed) == 1 or changed[0] == changed[1][::-1]
+def words_without_an(sentence):
+    return ['a' if word == 'an' else word for word in sentence.text.split()]
+
+
+def differences(probe):
+    "Pairs of words that differ, place by place."
+    words = zip(words_without_an(probe.true), words_without_an(probe.false))
+    return [(true, false) for true, false in words if true != false]
+
+
+def of_kind(pairs, kind):
+    return [probe for _, probe in pairs if probe.kind == kind]
+
+
+def test_object_probes_differ_in_one_noun(pairs):
+    for probe in of_kind(pairs, 'object'):
+        assert len(words_without_an(probe.true)) == len(words_without_an(probe.false))
+        assert len(differences(probe)) == 1
+        mentions = zip(probe.true.mentions, probe.false.mentions)
+        assert sum(true != false for true, false in mentions) == 1
+
+
+def test_attribute_probes_exchange_two_colours(pairs):
+    for probe in of_kind(pairs, 'attribute'):
+        assert sorted(words_without_an(probe.true)) == sorted(words_without_an(probe.false))
+        first, second = differences(probe)
+        assert first == second[::-1] and set(first) <= set(COLOURS)
+
+
+@pytest.mark.parametrize(
+    'kind, exchanged',
+    [
+        ('count', [{'two', 'three'}]),
+        ('left-right', [{'left', 'right'}]),
+        ('above-below', [{'above', 'below'}, {'over', 'under'}, {'higher', 'lower'}]),
+    ],
+)
+def test_other_probes_exchange_one_word(pairs, kind, exchanged):
+    for probe in of_kind(pairs, kind):
+        if kind != 'left-right':
+            assert len(words_without_an(probe.true)) == len(words_without_an(probe.false))
+        (words,) = differences(probe)
+        assert set(words) in exchanged
+
+
+def test_role_probes_exchange_who_is_named(pairs):
+    for probe in of_kind(pairs, 'who-does-what'):
+        assert probe.true.pieces == probe.false.pieces
+        assert probe.true.triples == probe.false.triples
+        mentions = zip(probe.true.mentions, probe.false.mentions)
+        changed = [(true, false) for true, false in mentions if true != false]
+        assert len(changed) == 1 or changed[0] == changed[1][::-1]
 
 
 def test_blind_reader_is_at_chance(sentences):
-    blind = blind_reader([x.text for five in sentences for x in five])
-    passed = {k: [] for k in KINDS}
+    blind = blind_reader([sentence.text for sentence in itertools.chain(*sentences)])
+    passed = {kind: [] for kind in PROBE_KINDS}
     for seed in range(1000):
-        for p in probes(make_scene(10**6 + seed), seed):
-            t = blind(p.true.text)
-            f = blind(p.false.text)
-            passed[p.kind].append((t > f) + 0.5 * (t == f))
-    for kind, v in passed.items():
-        assert abs(np.mean(v) - 0.5) < 0.03 + 3 * 0.5 / len(v) ** 0.5, (kind, np.mean(v), len(v))
+        for probe in probes(make_scene(10**6 + seed), seed):
+            true = blind(probe.true.text)
+            false = blind(probe.false.text)
+            passed[probe.kind].append((true > false) + 0.5 * (true == false))
+    for kind, right in passed.items():
+        share = np.mean(right)
+        assert abs(share - 0.5) < 0.03 + 3 * 0.5 / len(right) ** 0.5, (kind, share, len(right))
 
 
 def test_blind_reader_notices_a_leak():
@@ -295,75 +322,79 @@ def test_blind_reader_notices_a_leak():
 
 @pytest.mark.parametrize('regions', [1, 5, 12, 36])
 def test_detection_has_fixed_rows(scenes, regions):
-    for k, s in enumerate(scenes[:50]):
-        d = detect(s, k, regions)
-        assert (
-            d.boxes.shape == (regions, 4)
-            and d.boxes.dtype == np.float32
-            and d.thing.shape == (regions,)
-            and d.thing.dtype == np.int64
-        )
-        assert (
-            (d.boxes[:, :2] >= 0).all()
-            and (d.boxes[:, 2:] <= s.side).all()
-            and (d.boxes[:, 2:] - d.boxes[:, :2] >= 1.99).all()
-        )
-        assert (np.diff(d.scores) <= 0).all() and d.thing.max() < len(s.things)
-        for a, p, b, c in d.triples:
-            assert (
-                d.thing[a] >= 0
-                and d.thing[b] >= 0
-                and a != b
-                and 0 <= p < len(PREDICATES)
-                and 0 <= c <= 1
-            )
+    for k, scene in enumerate(scenes[:50]):
+        look = detect(scene, k, regions)
+        assert look.boxes.shape == (regions, 4) and look.boxes.dtype == np.float32
+        assert look.thing.shape == (regions,) and look.thing.dtype == np.int64
+        corner = look.boxes[:, :2]
+        opposite = look.boxes[:, 2:]
+        assert (corner >= 0).all() and (opposite <= scene.side).all()
+        assert (opposite - corner >= 1.99).all()
+        assert (np.diff(look.scores) <= 0).all() and look.thing.max() < len(scene.things)
+        for one, predicate, other, confidence in look.triples:
+            assert look.thing[one] >= 0 and look.thing[other] >= 0 and one != other
+            assert 0 <= predicate < len(PREDICATES) and 0 <= confidence <= 1
+
+
+def triples_of(look):
+    "(thing, predicate, thing) of the triples of a detection."
+    return [
+        (look.thing[one], PREDICATES[predicate], look.thing[other])
+        for one, predicate, other, _ in look.triples
+    ]
+
+
+QUIET = Noise(jitter=0, missed=0, duplicate=0, background=1, wrong_relation=0, missing_relation=0)
 
 
 def test_detection_without_noise(scenes):
-    for k, s in enumerate(scenes[:50]):
-        d = detect(s, k, noise=Noise(0, 0, 0, 1, 0, 0))
-        assert sorted(t for t in d.thing if t >= 0) == list(range(len(s.things)))
-        for box, t in zip(d.boxes, d.thing):
-            if t >= 0:
-                assert np.allclose(box, s.things[t].box)
-        seen = {(d.thing[a], PREDICATES[p], d.thing[b]) for a, p, b, _ in d.triples}
-        assert seen <= set(spatial_facts(s) + s.actions) and set(s.actions) <= seen
+    for k, scene in enumerate(scenes[:50]):
+        look = detect(scene, k, noise=QUIET)
+        assert sorted(look.thing[look.thing >= 0]) == list(range(len(scene.things)))
+        for box, i in zip(look.boxes, look.thing):
+            if i >= 0:
+                assert np.allclose(box, scene.things[i].box)
+        seen = set(triples_of(look))
+        assert seen <= set(spatial_facts(scene) + scene.actions) and set(scene.actions) <= seen
+
+
+def is_close(share, rate, n):
+    "Whether a share of n is within four standard errors of a rate."
+    return abs(share - rate) <= 4 * (rate * (1 - rate) / n) ** 0.5 + 1e-9
 
 
 @pytest.mark.parametrize('rate', [0.0, 0.3, 1.0])
 def test_detection_rates(scenes, rate):
-    things = sum(len(s.things) for s in scenes)
-    close = lambda x, n: abs(x - rate) <= 4 * (rate * (1 - rate) / n) ** 0.5 + 1e-9
-    quiet = dict(
-        jitter=0, duplicate=0, missed=0, background=1, wrong_relation=0, missing_relation=0
-    )
-    look = lambda **kw: [detect(s, k, 16, Noise(**{**quiet, **kw})) for k, s in enumerate(scenes)]
-    assert close(
-        1 - sum(len(set(d.thing.tolist()) - {-1}) for d in look(missed=rate)) / things, things
-    )
-    assert close(sum((d.thing >= 0).sum() for d in look(duplicate=rate)) / things - 1, things)
-    assert close(
-        sum((d.thing < 0).sum() for d in look(background=rate)) / (16 * N - things), 16 * N - things
-    )
-    full = sum(len(d.triples) for d in look())
-    assert close(1 - sum(len(d.triples) for d in look(missing_relation=rate)) / full, full)
-    false = [
-        (d.thing[a], PREDICATES[p], d.thing[b]) not in facts
-        for s, d in zip(scenes, look(wrong_relation=rate))
-        for facts in [set(spatial_facts(s) + s.actions)]
-        for a, p, b, _ in d.triples
-    ]
-    assert close(np.mean(false), full)
+    def look(**changed):
+        noise = replace(QUIET, **changed)
+        return [detect(scene, k, 16, noise) for k, scene in enumerate(scenes)]
+
+    things = sum(len(scene.things) for scene in scenes)
+    spare = 16 * N - things
+    seen = sum(len(set(d.thing.tolist()) - {-1}) for d in look(missed=rate))
+    assert is_close(1 - seen / things, rate, things)
+    rows = sum((d.thing >= 0).sum() for d in look(duplicate=rate))
+    assert is_close(rows / things - 1, rate, things)
+    background = sum((d.thing < 0).sum() for d in look(background=rate))
+    assert is_close(background / spare, rate, spare)
+    relations = sum(len(d.triples) for d in look())
+    kept = sum(len(d.triples) for d in look(missing_relation=rate))
+    assert is_close(1 - kept / relations, rate, relations)
+    wrong = 0
+    for scene, d in zip(scenes, look(wrong_relation=rate)):
+        facts = set(spatial_facts(scene) + scene.actions)
+        wrong += sum(triple not in facts for triple in triples_of(d))
+    assert is_close(wrong / relations, rate, relations)
 
 
-def test_jitter_moves_boxes(scenes):
-    for jitter in (0.02, 0.1):
-        moved = [
-            (d.boxes[r] - s.things[t].box)
-            / np.tile(np.subtract(s.things[t].box[2:], s.things[t].box[:2]), 2)
-            for k, s in enumerate(scenes[:100])
-            for d in [detect(s, k, noise=Noise(jitter=jitter))]
-            for r, t in enumerate(d.thing)
-            if t >= 0
-        ]
-        assert abs(np.std(moved) / jitter - 1) < 0.12
+@pytest.mark.parametrize('jitter', [0.02, 0.1])
+def test_jitter_moves_boxes(scenes, jitter):
+    moved = []
+    for k, scene in enumerate(scenes[:100]):
+        look = detect(scene, k, noise=Noise(jitter=jitter))
+        for box, i in zip(look.boxes, look.thing):
+            if i >= 0:
+                true = np.array(scene.things[i].box)
+                extent = true[2:] - true[:2]
+                moved.append((box - true) / np.tile(extent, 2))
+    assert abs(np.std(moved) / jitter - 1) < 0.12

@@ -14,19 +14,19 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..files import shipped
+from ..files import CheckpointError, DataError, said_as, shipped, whole
 from ..regions import box_area
 from imtm_lite.world.scenes import (
     CATEGORIES,
     COLOURS,
     FAMILY,
     POSES,
-    SIZES,
+    THING_SIZES,
     Scene,
     Thing,
     detect,
@@ -42,59 +42,58 @@ def roi_align(
     *,
     samples: int = 2,  # points along each side of a bin
 ) -> Tensor:  # (B, R, C, size, size)
-    "RoIAlign (He et al., 2017), unrounded: mean of `samples`² bilinear readings in each bin; a point outside reads the nearest edge cell."
+    """RoIAlign (He et al., 2017): the mean of `samples`² bilinear readings in each bin, unrounded.
+
+    A point outside the map reads the nearest edge cell."""
     H, W = maps.shape[-2:]
     n = size * samples
-    at = (torch.arange(n, device=boxes.device, dtype=boxes.dtype) + 0.5) / n
-    x = torch.lerp(boxes[..., 0, None], boxes[..., 2, None], at) * 2 / W - 1  # (B, R, n)
-    y = torch.lerp(boxes[..., 1, None], boxes[..., 3, None], at) * 2 / H - 1
-    grid = torch.stack(
-        [x[:, :, None, :].expand(-1, -1, n, n), y[:, :, :, None].expand(-1, -1, n, n)], -1
-    )
-    points = F.grid_sample(
-        maps,
-        rearrange(grid, 'b r y x two -> b (r y) x two'),
-        padding_mode='border',
-        align_corners=False,
-    )
-    return reduce(
-        points, 'b c (r y sy) (x sx) -> b r c y x', 'mean', y=size, sy=samples, sx=samples
-    )
+    steps = (torch.arange(n, device=boxes.device, dtype=boxes.dtype) + 0.5) / n
+    x0, y0, x1, y1 = boxes[..., None].unbind(-2)  # each (B, R, 1)
+    x = torch.lerp(x0, x1, steps) * 2 / W - 1  # (B, R, n)
+    y = torch.lerp(y0, y1, steps) * 2 / H - 1
+    x = x[:, :, None, :].expand(-1, -1, n, n)
+    y = y[:, :, :, None].expand(-1, -1, n, n)
+    grid = rearrange(torch.stack([x, y], -1), 'b r y x two -> b (r y) x two')
+    points = F.grid_sample(maps, grid, padding_mode='border', align_corners=False)
+    bins = 'b c (r y sy) (x sx) -> b r c y x'
+    return reduce(points, bins, 'mean', y=size, sy=samples, sx=samples)
 
 # %% ../../nbs/world/02_detector.ipynb #regions-38
-ATTRIBUTES = dict(colour=tuple(COLOURS), size=tuple(SIZES), pose=POSES, facing=('left', 'right'))
+ATTRIBUTES = dict(
+    colour=tuple(COLOURS), size=tuple(THING_SIZES), pose=POSES, facing=('left', 'right')
+)
 # look alike from both sides, or nearly
 SYMMETRIC = ('table', 'tree', 'flower', 'sun', 'cloud', 'kite', 'ball', 'hat', 'box')
 
 
 def _thing_labels(thing: Thing) -> list[int]:
     "Object class, then one index for each of ATTRIBUTES; -1 where the drawing cannot show it."
-    colour, size, pose, facing = (
-        values.index(getattr(thing, name)) for name, values in ATTRIBUTES.items()
-    )
-    if FAMILY[thing.category] not in ('people', 'animals'):
-        pose = -1
-    frontal = FAMILY[thing.category] == 'people' and thing.pose in ('standing', 'arms up')
-    return [
-        CATEGORIES.index(thing.category),
-        colour,
-        size,
-        pose,
-        -1 if frontal or thing.category in SYMMETRIC else facing,
-    ]
+    labels = {name: values.index(getattr(thing, name)) for name, values in ATTRIBUTES.items()}
+    family = FAMILY[thing.category]
+    if family not in ('people', 'animals'):
+        labels['pose'] = -1
+    frontal = family == 'people' and thing.pose in ('standing', 'arms up')
+    if frontal or thing.category in SYMMETRIC:
+        labels['facing'] = -1
+    return [CATEGORIES.index(thing.category), *labels.values()]
 
 # %% ../../nbs/world/02_detector.ipynb #regions-40
 def box_labels(
     scene: Scene,  # the scene that was looked at
     thing,  # (R,) the thing in each box, -1 background: `Detection.thing`
 ) -> Tensor:  # (R, 5) object class, then one column for each of ATTRIBUTES
-    "What a detector should say about each box: `len(CATEGORIES)` is the class of background; an attribute of -1 is not asked."
-    rows = [_thing_labels(t) for t in scene.things] + [[len(CATEGORIES)] + [-1] * len(ATTRIBUTES)]
+    """What a detector should say about each box.
+
+    `len(CATEGORIES)` is the class of background; an attribute of -1 is not asked."""
+    background = [len(CATEGORIES)] + [-1] * len(ATTRIBUTES)
+    rows = [*map(_thing_labels, scene.things), background]
     return torch.tensor(rows)[torch.as_tensor(thing)]
 
 # %% ../../nbs/world/02_detector.ipynb #regions-43
 class MiniDetector(nn.Module):
-    "Names objects and attributes in given boxes; the 128 numbers it does so from are the region's feature."
+    """Names objects and attributes in given boxes.
+
+    The 128 numbers it does so from are the region's feature."""
 
     def __init__(self, *, dim: int = 128, bins: int = 8):
         super().__init__()
@@ -113,66 +112,82 @@ class MiniDetector(nn.Module):
             nn.LayerNorm(dim),
             nn.ReLU(),
         )
-        answers = {
-            'object': len(CATEGORIES) + 1,
-            **{name: len(values) for name, values in ATTRIBUTES.items()},
-        }
-        self.heads = nn.ModuleDict({name: nn.Linear(dim, n) for name, n in answers.items()})
+        classes = {'object': len(CATEGORIES) + 1}
+        classes |= {name: len(values) for name, values in ATTRIBUTES.items()}
+        self.heads = nn.ModuleDict({name: nn.Linear(dim, n) for name, n in classes.items()})
 
-    # (B, H, W, 3) uint8, (B, R, 4) pixels -> (B, R, dim)
-    def forward(self, pictures: Tensor, boxes: Tensor) -> Tensor:
+    def forward(
+        self,
+        pictures: Tensor,  # (B, H, W, 3) uint8
+        boxes: Tensor,  # (B, R, 4) pixels
+    ) -> Tensor:  # (B, R, dim)
         x = rearrange(pictures, 'b h w c -> b c h w').float() / 255 - 0.5
-        # (B, 32, H/2, W/2)
-        maps = self.picture(x)
-        # (B, R, 32, 8, 8)
-        blocks = roi_align(maps, boxes.float() / 2, self.bins, samples=1)
+        maps = self.picture(x)  # (B, 32, H/2, W/2)
+        blocks = roi_align(maps, boxes.float() / 2, self.bins, samples=1)  # (B, R, 32, 8, 8)
         return self.block(blocks.flatten(0, 1)).unflatten(0, boxes.shape[:2])
 
-    # 'object' and each of ATTRIBUTES -> (..., classes) logits
-    def answers(self, features: Tensor) -> dict[str, Tensor]:
+    def answers(
+        self,
+        features: Tensor,  # (..., dim)
+    ) -> dict[str, Tensor]:  # 'object' and each of ATTRIBUTES -> (..., classes) logits
         return {name: head(features) for name, head in self.heads.items()}
 
     @torch.no_grad()
-    # features (B, R, dim), labels (B, R) -1 background, scores (B, R)
-    def regions(self, pictures, boxes, *, batch: int = 50):
-        "Features, object classes and confidences; a box without area is padding: zeros, class -1, score 0."
-        pictures = torch.as_tensor(pictures)
+    def regions(
+        self,
+        pictures,  # (B, H, W, 3) uint8
+        boxes,  # (B, R, 4) pixels
+        *,
+        batch: int = 50,  # pictures at a time
+    ):  # features (B, R, dim), labels (B, R) -1 background, scores (B, R)
+        """Features, object classes and confidences.
+
+        A box without area is padding: zeros, class -1, score 0."""
+        pictures = torch.as_tensor(pictures).split(batch)
         boxes = torch.as_tensor(boxes)
         home = self.heads['object'].weight.device
-        features = torch.cat(
-            [
-                self(p.to(home), b.to(home))
-                for p, b in zip(pictures.split(batch), boxes.split(batch))
-            ]
-        )
+        looks = zip(pictures, boxes.split(batch))
+        features = torch.cat([self(shots.to(home), there.to(home)) for shots, there in looks])
         features = features * (box_area(boxes.to(home)) > 0).unsqueeze(-1)
         scores, labels = self.heads['object'](features).softmax(-1).max(-1)
         padding = features.eq(0).all(-1)
-        return (
-            features,
-            labels.masked_fill((labels == len(CATEGORIES)) | padding, -1),
-            scores.masked_fill(padding, 0),
-        )
+        nothing = (labels == len(CATEGORIES)) | padding
+        return features, labels.masked_fill(nothing, -1), scores.masked_fill(padding, 0)
 
 # %% ../../nbs/world/02_detector.ipynb #regions-46
-def _looks(seed: int, scenes: list[Scene], regions: int = 12):
-    "A detector's look at each scene: boxes (B, R, 4) and labels (B, R, 5)."
+def _drawn(scenes: list[Scene]) -> Tensor:  # (B, H, W, 3)
+    return torch.stack([torch.tensor(draw(scene)) for scene in scenes])
+
+
+def _looks(
+    seed: int,  # of the first scene's look
+    scenes: list[Scene],
+    regions: int = 12,
+) -> tuple[Tensor, Tensor]:  # boxes (B, R, 4), labels (B, R, 5)
+    "A detector's look at each scene."
     seen = [detect(scene, seed + k, regions) for k, scene in enumerate(scenes)]
-    return (
-        torch.stack([torch.from_numpy(d.boxes) for d in seen]),
-        torch.stack([box_labels(scene, d.thing) for scene, d in zip(scenes, seen)]),
-    )
+    boxes = [torch.from_numpy(look.boxes) for look in seen]
+    labels = [box_labels(scene, look.thing) for scene, look in zip(scenes, seen)]
+    return torch.stack(boxes), torch.stack(labels)
 
 
 def _detector_loss(detector, pictures, boxes, labels) -> Tensor:
     "Cross-entropy of every answer, each averaged over the boxes where the question is asked."
     answers = detector.answers(detector(pictures, boxes)).values()
-    return sum(
+    losses = [
         F.cross_entropy(logits.flatten(0, 1), want.flatten(), ignore_index=-1)
         for logits, want in zip(answers, labels.unbind(-1))
-    )
+    ]
+    return sum(losses)
 
 # %% ../../nbs/world/02_detector.ipynb #regions-47
+def _descend(loss, optimiser, schedule) -> None:
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+    schedule.step()
+
+
 def train_detector(
     *,
     seed: int = 0,  # of weights, order, and boxes
@@ -184,30 +199,34 @@ def train_detector(
 ) -> MiniDetector:
     "A detector trained on drawn scenes; on one machine, the same arguments give the same weights."
     scenes = [make_scene(10_000_000 + k) for k in range(pictures)]
-    drawn = torch.stack([torch.tensor(draw(scene)) for scene in scenes])
-    with torch.random.fork_rng(devices=[]):
+    drawn = _drawn(scenes)
+    steps = epochs * -(-pictures // size)
+    bar = tqdm(total=steps, disable=not progress, desc='detector')
+    with torch.random.fork_rng(devices=[]), bar:
         torch.manual_seed(seed)
         detector = MiniDetector()
-        steps = epochs * -(-pictures // size)
         optimiser = torch.optim.AdamW(detector.parameters(), lr=rate, weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimiser, rate, total_steps=steps, pct_start=0.15
         )
-        bar = tqdm(total=steps, disable=not progress, desc='detector')
         for epoch in range(epochs):
             boxes, labels = _looks(20_000_000 + 1_000_000 * seed + epoch * pictures, scenes)
             for rows in torch.randperm(pictures).split(size):
                 loss = _detector_loss(detector, drawn[rows], boxes[rows], labels[rows])
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-                schedule.step()
+                _descend(loss, optimiser, schedule)
                 bar.update()
                 bar.set_postfix(loss=f'{loss.item():.2f}', refresh=False)
-        bar.close()
     return detector.eval()
 
 # %% ../../nbs/world/02_detector.ipynb #regions-49
+def _share_right(
+    logits: Tensor,  # (..., classes)
+    labels: Tensor,  # (...) -1: not asked
+) -> float:
+    right = logits.argmax(-1) == labels
+    return right[labels >= 0].float().mean().item()
+
+
 @torch.no_grad()
 def detector_accuracy(
     detector: MiniDetector,
@@ -215,71 +234,64 @@ def detector_accuracy(
     pictures: int = 500,  # unseen scenes to draw
     seed: int = 30_000_000,  # of the first scene
 ) -> dict[str, float]:  # 'object' (background is a class of its own) and each of ATTRIBUTES
-    "Share of right answers on detected boxes of unseen scenes, each over the boxes where the question is asked."
+    """Share of right answers on detected boxes of unseen scenes.
+
+    Each is taken over the boxes where the question is asked."""
     scenes = [make_scene(seed + k) for k in range(pictures)]
     boxes, labels = _looks(seed, scenes)
-    features, _, _ = detector.regions(
-        torch.stack([torch.tensor(draw(scene)) for scene in scenes]), boxes
-    )
-    share = lambda logits, want: (logits.argmax(-1) == want)[want >= 0].float().mean().item()
-    return {
-        name: share(logits.cpu(), labels[..., k])
-        for k, (name, logits) in enumerate(detector.answers(features).items())
-    }
+    features, _, _ = detector.regions(_drawn(scenes), boxes)
+    answers = zip(detector.answers(features).items(), labels.unbind(-1))
+    return {name: _share_right(logits.cpu(), asked) for (name, logits), asked in answers}
 
 # %% ../../nbs/world/02_detector.ipynb #regions-53
-_REMAKE = 'make it (two minutes) with: python -m imtm_lite.regions'
+_REMAKE = 'make it (two minutes) with: python -m imtm_lite.world.detector'
 
 
 def _questions() -> str:
     return json.dumps(dict(object=CATEGORIES, **ATTRIBUTES))
 
 
-def save_detector(detector: MiniDetector, path) -> None:
-    "Write the weights as float16 safetensors: first beside `path`, then renamed, so that a good file is never half overwritten."
-    path = Path(path)
-    part = path.with_name(path.name + '.partial')
-    part.write_bytes(
-        save(
-            {name: t.half() for name, t in detector.state_dict().items()},
-            metadata=dict(questions=_questions()),
-        )
-    )
-    part.replace(path)
+def save_detector(detector: MiniDetector, path: str | Path) -> None:
+    "Write the weights as float16 safetensors, whole or not at all."
+    weights = {name: weight.half() for name, weight in detector.state_dict().items()}
+    with whole(path) as file:
+        file.write(save(weights, metadata=dict(questions=_questions())))
 
 # %% ../../nbs/world/02_detector.ipynb #regions-54
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, 'pt') as file:
+        if (file.metadata() or {}).get('questions') != _questions():
+            raise ValueError('it answers other questions than this library asks')
+        return {name: file.get_tensor(name).float() for name in file.keys()}
+
+
 def load_detector(
-    path=None,  # by default the one that is shipped
+    path: str | Path | None = None,  # by default the one that is shipped
 ) -> MiniDetector:
     "The mini detector with trained weights, ready to use."
     path = Path(path or shipped('detector.safetensors'))
     if not path.is_file():
-        raise FileNotFoundError(f'{path}: no detector weights there; {_REMAKE} {path}')
+        raise DataError(path, 'no detector weights there', f'{_REMAKE} {path}')
     detector = MiniDetector()
-    try:
-        with safe_open(path, 'pt') as f:
-            if (f.metadata() or {}).get('questions') != _questions():
-                raise ValueError('it answers other questions than this library asks')
-            detector.load_state_dict({name: f.get_tensor(name).float() for name in f.keys()})
-    except Exception as e:
-        raise ValueError(
-            f'{path}: not a detector of this version ({str(e).splitlines()[0]}); {_REMAKE} {path}'
-        ) from None
+    with said_as(
+        CheckpointError,
+        SafetensorError,
+        RuntimeError,
+        ValueError,
+        OSError,
+        before=f'{path}: not a detector of this version (',
+        after=f'); {_REMAKE} {path}',
+    ):
+        detector.load_state_dict(_read_weights(path))
     return detector.eval()
 
 # %% ../../nbs/world/02_detector.ipynb #regions-56
 # as a command; in a notebook nothing happens
 if __name__ == '__main__' and '__file__' in globals():
-    target = Path(
-        sys.argv[1]
-        if len(sys.argv) == 2
-        else sys.exit('usage: python -m imtm_lite.world.detector imtm_lite/shipped/detector.safetensors')
-    )
+    if len(sys.argv) != 2:
+        sys.exit('usage: python -m imtm_lite.world.detector imtm_lite/shipped/detector.safetensors')
+    target = Path(sys.argv[1])
     save_detector(train_detector(), target)
-    print(
-        f'{target}: {target.stat().st_size / 1e3:.0f} kB; right on 500 unseen scenes:',
-        ', '.join(
-            f'{name} {share:.1%}'
-            for name, share in detector_accuracy(load_detector(target)).items()
-        ),
-    )
+    right = detector_accuracy(load_detector(target))
+    shares = ', '.join(f'{name} {share:.1%}' for name, share in right.items())
+    print(f'{target}: {target.stat().st_size / 1e3:.0f} kB; right on 500 unseen scenes: {shares}')

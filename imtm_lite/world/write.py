@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['FIRST_SCENE', 'SCENES_PER_SEED', 'TOGETHER', 'the_detector', 'SHAPES', 'scene_numbers', 'scene_texts', 'widen',
-           'world_chunk', 'npy_header', 'SplitWriter', 'world_bytes', 'check_shape', 'make_room', 'write_world']
+           'world_chunk', 'SplitWriter', 'world_bytes', 'check_shape', 'write_world']
 
 # %% ../../nbs/world/03_write.ipynb #write-imports
-import io
 import json
 import multiprocessing
 import os
 import shutil
 import signal
 import threading
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
@@ -26,11 +26,12 @@ from tqdm import tqdm
 
 import imtm_lite
 from ..data import in_order, path_of
-from ..files import DataError
+from ..files import DataError, SettingError, make_room, npy_header, write_json
 from .detector import load_detector
 from imtm_lite.world.scenes import (
     CATEGORIES,
     PREDICATES,
+    Detection,
     Noise,
     Scene,
     chains,
@@ -51,46 +52,58 @@ def scene_numbers(split: str, n: int, seed: int) -> range:  # one per image
     "The numbers of a split's scenes; splits and seeds never share one."
     most = 800_000 if split == 'train' else 100_000
     if seed < 0 or not 0 <= n <= most:
-        raise ValueError(
-            f'{split}: {n} scenes with seed {seed}; expected 0 to {most} scenes and a seed of at least 0'
+        raise SettingError(
+            f'{split}: {n} scenes with seed {seed}; '
+            f'expected 0 to {most} scenes and a seed of at least 0'
         )
     first = FIRST_SCENE[split] + seed * SCENES_PER_SEED
     return range(first, first + n)
 
 # %% ../../nbs/world/03_write.ipynb #data-101
+def _rounded(box) -> list[float]:
+    return [round(float(x), 1) for x in box]
+
+
+def _chain_boxes(scene: Scene, sentences: list) -> dict[str, list]:
+    "The boxes of every chain that is spoken of."
+    things = chains(scene)
+    named = set()
+    for sentence in sentences:
+        named.update(chain for *_, chain in sentence.phrases)
+    boxes = {}
+    for chain in sorted(named - {0}):
+        boxes[str(chain)] = [_rounded(scene.things[i].box) for i in things[chain]]
+    return boxes
+
+
 def scene_texts(
     scene: Scene,  # what is there
     number: int,  # seed of what is said
     row: int,  # image row, for the probes
 ) -> tuple[list[str], dict, list[dict]]:  # captions, the line of phrases, the lines of probes
     "All that is said about a scene, as it is stored."
-    said = describe(scene, number)
-    things = chains(scene)
-    named = sorted({chain for s in said for *_, chain in s.phrases if chain})
-    boxes = {
-        str(c): [[round(float(x), 1) for x in scene.things[i].box] for i in things[c]]
-        for c in named
-    }
+    sentences = describe(scene, number)
+    captions = [sentence.text for sentence in sentences]
+    spans = [list(map(list, sentence.phrases)) for sentence in sentences]
     asked = [
-        {'image': row, 'kind': p.kind, 'true': p.true.text, 'false': p.false.text}
-        for p in probes(scene, number)
+        {'image': row, 'kind': probe.kind, 'true': probe.true.text, 'false': probe.false.text}
+        for probe in probes(scene, number)
     ]
-    return (
-        [s.text for s in said],
-        {'phrases': [[list(p) for p in s.phrases] for s in said], 'boxes': boxes},
-        asked,
-    )
+    return captions, {'phrases': spans, 'boxes': _chain_boxes(scene, sentences)}, asked
 
 # %% ../../nbs/world/03_write.ipynb #data-103
 def widen(
     features: np.ndarray,  # (..., D) of the detector
     width: int,  # a multiple of D
 ) -> np.ndarray:  # (..., width)
-    "More columns, but no more in them: copies with a fixed random sign, scaled such that lengths and angles stay. The rank stays D."
-    copies, rest = divmod(width, features.shape[-1])
+    """More columns, but no more in them: copies with a fixed random sign.
+
+    They are scaled such that lengths and angles stay. The rank stays D."""
+    D = features.shape[-1]
+    copies, rest = divmod(width, D)
     if rest or copies < 1:
-        raise ValueError(
-            f'features of the detector are {features.shape[-1]} wide, and {width} is not a multiple of that'
+        raise SettingError(
+            f'features of the detector are {D} wide, and {width} is not a multiple of that'
         )
     sign = np.random.default_rng(0).choice([-1, 1], width)
     return np.tile(features, copies) * (sign / copies**0.5).astype(features.dtype)
@@ -98,6 +111,55 @@ def widen(
 # %% ../../nbs/world/03_write.ipynb #data-103-d
 TOGETHER = 50  # scenes of a chunk
 the_detector = cache(load_detector)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _arrays(
+    shots: np.ndarray,  # (B, H, W, 3) pictures
+    seen: list[Detection],
+    width: int,  # columns of the features
+) -> dict[str, np.ndarray]:
+    "What is seen in some pictures, as it is stored."
+    boxes = np.stack([look.boxes for look in seen])  # (B, R, 4)
+    with _one_thread():
+        features, labels, scores = the_detector().regions(shots, boxes)
+    features = features.numpy()
+    if width != features.shape[-1]:
+        features = widen(features, width)
+    height, across = shots.shape[1:3]
+    return dict(
+        features=features.astype('<f2'),
+        boxes=boxes.astype('<f4'),
+        labels=labels.numpy().astype('<i2'),
+        scores=scores.numpy().astype('<f2'),
+        sizes=np.full((len(shots), 2), (across, height), '<i4'),
+    )
+
+
+def _text_lines(texts: list[tuple]) -> dict[str, list[str]]:
+    "What is said about some scenes, from `scene_texts`, as lines of files."
+    lines = dict(captions=[], phrases=[], probes=[])
+    for captions, phrases, asked in texts:
+        lines['captions'] += captions
+        lines['phrases'].append(json.dumps(phrases))
+        lines['probes'] += map(json.dumps, asked)
+    return lines
+
+
+def _save_pictures(folder: Path, ids: list[str], shots: np.ndarray) -> None:
+    from PIL import Image
+
+    for name, shot in zip(ids, shots):
+        Image.fromarray(shot).save(folder / f'{name}.png', optimize=True)
 
 
 def world_chunk(
@@ -110,208 +172,180 @@ def world_chunk(
     pictures: bool,  # see `write_world`
 ) -> tuple[str, dict, dict]:  # split; rows of every array file; lines of every text file
     "What a split holds about some scenes."
-    from PIL import Image
-
-    name, numbers, first = job
-    scenes = [make_scene(n) for n in numbers]
-    shots = np.stack([draw(s) for s in scenes])  # (B, H, W, 3)
-    seen = [detect(s, n, regions, noise) for s, n in zip(scenes, numbers)]
-    boxes = np.stack([d.boxes for d in seen])  # (B, R, 4)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        features, labels, scores = (t.numpy() for t in the_detector().regions(shots, boxes))
-    finally:
-        torch.set_num_threads(threads)
-    if width != features.shape[-1]:
-        features = widen(features, width)
-    said = [scene_texts(s, n, row) for row, (s, n) in enumerate(zip(scenes, numbers), first)]
-    image = np.repeat(np.arange(first, first + len(said)), [len(captions) for captions, *_ in said])
+    split, numbers, first = job
+    ids = [f'{number:09d}' for number in numbers]
+    scenes = [make_scene(number) for number in numbers]
+    shots = np.stack([draw(scene) for scene in scenes])
+    seen = [detect(scene, n, regions, noise) for scene, n in zip(scenes, numbers)]
+    rows = range(first, first + len(scenes))
+    texts = [scene_texts(*about) for about in zip(scenes, numbers, rows)]
     if pictures:
-        for n, shot in zip(numbers, shots):
-            Image.fromarray(shot).save(folder / 'pictures' / f'{n:09d}.png', optimize=True)
-    arrays = dict(
-        features=features.astype('<f2'),
-        boxes=boxes.astype('<f4'),
-        labels=labels.astype('<i2'),
-        scores=scores.astype('<f2'),
-        sizes=np.array([(s.side, s.side) for s in scenes], '<i4'),
-        caption_image=image.astype('<i4'),
-    )
-    return (
-        name,
-        arrays,
-        dict(
-            ids=[f'{n:09d}' for n in numbers],
-            captions=[c for captions, *_ in said for c in captions],
-            triples=[json.dumps(d.triples) for d in seen],
-            phrases=[json.dumps(p) for _, p, _ in said],
-            probes=[json.dumps(p) for *_, asked in said for p in asked],
-        ),
-    )
+        _save_pictures(folder / 'pictures', ids, shots)
+    arrays = _arrays(shots, seen, width)
+    counts = [len(captions) for captions, _, _ in texts]
+    arrays['caption_image'] = np.repeat(rows, counts).astype('<i4')
+    lines = _text_lines(texts)
+    lines['ids'] = ids
+    lines['triples'] = [json.dumps(look.triples) for look in seen]
+    return split, arrays, lines
 
 # %% ../../nbs/world/03_write.ipynb #data-103-f
-def npy_header(shape: tuple, dtype) -> bytes:
-    "What `numpy.save` writes before the numbers."
-    f = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        f,
-        dict(descr=np.lib.format.dtype_to_descr(np.dtype(dtype)), fortran_order=False, shape=shape),
-    )
-    return f.getvalue()
-
-
 class SplitWriter:
     "The files of a split, which grow chunk by chunk."
 
-    # the stack closes them
-    def __init__(self, folder: Path, name: str, images: int, stack: ExitStack):
-        self.at = partial(path_of, folder, name)
+    def __init__(
+        self,
+        folder: Path,
+        name: str,  # of the split
+        images: int,  # rows that there will be
+        stack: ExitStack,  # closes the files
+    ):
+        self.path = partial(path_of, folder, name)
         self.images = images
         self.stack = stack
         self.files = {}
-        self.image = []
+        self.caption_image = []
 
     def file(self, key: str, head: bytes = b''):
+        "The open file of a key of `FILES`; a new one begins with `head`."
         if key not in self.files:
-            self.files[key] = self.stack.enter_context(open(self.at(key), 'wb'))
+            self.files[key] = self.stack.enter_context(open(self.path(key), 'wb'))
             self.files[key].write(head)
         return self.files[key]
 
-    def add(self, arrays: dict[str, np.ndarray], lines: dict[str, list[str]]):
-        self.image.append(arrays.pop('caption_image'))
-        for key, a in arrays.items():
-            self.file(key, npy_header((self.images, *a.shape[1:]), a.dtype)).write(
-                np.ascontiguousarray(a).data
-            )
-        for key, some in lines.items():
-            self.file(key).write(''.join(f'{x}\n' for x in some).encode())
+    def add(self, arrays: dict[str, np.ndarray], lines: dict[str, list[str]]) -> None:
+        "A chunk, behind those before."
+        self.caption_image.append(arrays.pop('caption_image'))
+        for key, rows in arrays.items():
+            head = npy_header((self.images, *rows.shape[1:]), rows.dtype)
+            self.file(key, head).write(np.ascontiguousarray(rows).data)
+        for key, texts in lines.items():
+            self.file(key).write(''.join(f'{text}\n' for text in texts).encode())
 
-    def finish(self):
-        np.save(self.at('caption_image'), np.concatenate(self.image))
+    def finish(self) -> None:
+        np.save(self.path('caption_image'), np.concatenate(self.caption_image))
 
 # %% ../../nbs/world/03_write.ipynb #data-104-a
 def world_bytes(images: int, *, regions: int, width: int, pictures: bool) -> int:
-    "A little more than a world takes on disk: texts are below 2 kB a picture, drawings below 6 kB."
+    "A little more than a world takes: texts are below 2 kB a picture, drawings below 6 kB."
     return images * (regions * (2 * width + 20) + 2_000 + 6_000 * pictures)
 
 
-# scene numbers of each split
 def check_shape(
     *, train: int, dev: int, test: int, seed: int, regions: int, width: int, workers: int = 0
-) -> dict[str, range]:
+) -> dict[str, range]:  # scene numbers of each split
     "Refuse sizes that cannot be."
     if regions < 1 or workers < 0:
-        raise ValueError(
+        raise SettingError(
             f'regions {regions}, workers {workers}: expected at least 1 region and 0 workers'
         )
     widen(np.zeros((1, 128)), width)
-    return {
-        s: scene_numbers(s, n, seed) for s, n in dict(train=train, dev=dev, test=test).items() if n
-    }
-
-
-# size in bytes
-def make_room(
-    root: Path, size: int, mend: str = 'make room, choose another disk, or ask for fewer pictures'
-):
-    "Refuse, before anything is written, what the disk has no room for."
-    free = shutil.disk_usage(
-        next(p for p in (root.absolute(), *root.absolute().parents) if p.exists())
-    ).free
-    if size > free:
-        raise DataError(
-            root, f'needs {size / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB free', mend
-        )
+    sizes = dict(train=train, dev=dev, test=test)
+    return {split: scene_numbers(split, n, seed) for split, n in sizes.items() if n}
 
 # %% ../../nbs/world/03_write.ipynb #data-105
+def _end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def _start_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(
-        target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True
-    ).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _processes(workers: int) -> Executor | None:
+    if not workers:
+        return None
+    return ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), _start_worker)
+
+
+def _jobs(numbers: dict[str, range]) -> list[tuple[str, range, int]]:
+    "Split, scene numbers and first row of every chunk."
+    jobs = []
+    for split, scenes in numbers.items():
+        for row in range(0, len(scenes), TOGETHER):
+            jobs.append((split, scenes[row : row + TOGETHER], row))
+    return jobs
+
+
+def _write_splits(
+    folder: Path,
+    numbers: dict[str, range],  # scene numbers of each split
+    chunk: Callable,  # makes a job's chunk
+    workers: int,
+    bar: tqdm,
+) -> None:
+    "Chunks are made, and appended to their split's files as they come."
+    with ExitStack() as stack:
+        writers = {}
+        for split, scenes in numbers.items():
+            writers[split] = SplitWriter(folder, split, len(scenes), stack)
+        chunks = in_order(chunk, _jobs(numbers), _processes(workers), 2 * workers)
+        for split, arrays, lines in stack.enter_context(closing(chunks)):
+            writers[split].add(arrays, lines)
+            bar.update(len(lines['ids']))
+        for writer in writers.values():
+            writer.finish()
+
+
+def _write_names(folder: Path) -> None:
+    for key, names in (('classes', CATEGORIES), ('predicates', PREDICATES)):
+        path_of(folder, '', key).write_text('\n'.join(names) + '\n', encoding='utf-8')
+
+
+@contextmanager
+def _whole_folder(root: Path) -> Iterator[Path]:  # where to write
+    "A folder that gets its name when it is complete, and is gone if that does not happen."
+    partial_folder = root.with_name(f'{root.name}.{os.getpid()}.partial')
+    try:
+        partial_folder.mkdir(parents=True)
+        yield partial_folder
+        partial_folder.rename(root)
+    finally:
+        shutil.rmtree(partial_folder, ignore_errors=True)
 
 
 def write_world(
     root: str | Path,  # a folder that does not exist yet
     *,
-    train: int,
+    train: int,  # pictures in each split; 0 leaves a split out
     dev: int,
-    test: int,  # pictures in each split; 0 leaves a split out
+    test: int,
     seed: int,  # another seed, another world
     regions: int = 12,  # boxes in a picture
     # columns of the features: the detector's 128, or a multiple (`widen`)
     width: int = 128,
     noise: Noise = Noise(),  # how the detector errs
     pictures: bool = True,  # store the pictures too
-    # processes that make it; 0: this one. A script needs `if __name__ == '__main__'`
-    # for more
+    # processes that make it; 0: this one. More need a script with `if __name__ == '__main__'`
     workers: int = 0,
     progress: bool = True,  # show a bar
 ) -> Path:  # root
-    "Write a generated data set in the layout of `FILES`; the same arguments write the same files, whatever the number of workers."
+    """Write a generated data set in the layout of `FILES`.
+
+    The same arguments write the same files, whatever the number of workers."""
     root = Path(root)
     if root.exists():
-        raise DataError(
-            root,
-            'there is something of that name already',
-            'choose another name, or remove it first',
-        )
-    numbers = check_shape(
-        train=train, dev=dev, test=test, seed=seed, regions=regions, width=width, workers=workers
-    )
-    make_room(
-        root, world_bytes(train + dev + test, regions=regions, width=width, pictures=pictures)
-    )
-    part = root.with_name(f'{root.name}.{os.getpid()}.partial')
-    chunk = partial(
-        world_chunk, folder=part, regions=regions, width=width, noise=noise, pictures=pictures
-    )
-    jobs = [
-        (s, some[i : i + TOGETHER], i)
-        for s, some in numbers.items()
-        for i in range(0, len(some), TOGETHER)
-    ]
-    pool = (
-        ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), _start_worker)
-        if workers
-        else None
-    )
-    try:
-        (part / 'pictures' if pictures else part).mkdir(parents=True)
-        with (
-            tqdm(
-                total=train + dev + test,
-                desc=f'world {root.name}',
-                unit='picture',
-                disable=not progress,
-            ) as bar,
-            ExitStack() as stack,
-        ):
-            writers = {s: SplitWriter(part, s, len(n), stack) for s, n in numbers.items()}
-            for s, arrays, lines in stack.enter_context(
-                closing(in_order(chunk, jobs, pool, 2 * workers))
-            ):
-                writers[s].add(arrays, lines)
-                bar.update(len(lines['ids']))
-            for w in writers.values():
-                w.finish()
-        for key, names in (('classes', CATEGORIES), ('predicates', PREDICATES)):
-            path_of(part, '', key).write_text('\n'.join(names) + '\n', encoding='utf-8')
-        meta = dict(
-            made_by=f'imtm_lite {imtm_lite.__version__}',
-            train=train,
-            dev=dev,
-            test=test,
-            seed=seed,
-            regions=regions,
-            width=width,
-            noise=asdict(noise),
-        )
-        (part / 'meta.json').write_text(json.dumps(meta, indent=1) + '\n', encoding='utf-8')
-        part.rename(root)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        fault = 'there is something of that name already'
+        raise DataError(root, fault, 'choose another name, or remove it first')
+    images = train + dev + test
+    shape = dict(regions=regions, width=width)
+    sizes = dict(train=train, dev=dev, test=test, seed=seed) | shape
+    numbers = check_shape(**sizes, workers=workers)
+    make_room(root, world_bytes(images, **shape, pictures=pictures))
+    made_by = f'imtm_lite {imtm_lite.__version__}'
+    label = f'world {root.name}'
+    with (
+        _whole_folder(root) as folder,
+        tqdm(total=images, desc=label, unit='picture', disable=not progress) as bar,
+    ):
+        if pictures:
+            (folder / 'pictures').mkdir()
+        how = dict(folder=folder, noise=noise, pictures=pictures) | shape
+        _write_splits(folder, numbers, partial(world_chunk, **how), workers, bar)
+        _write_names(folder)
+        write_json(folder / 'meta.json', dict(made_by=made_by, **sizes, noise=asdict(noise)))
     return root
 
 # %% ../../nbs/world/03_write.ipynb #data-109-b
