@@ -141,7 +141,7 @@ class KeptBytes(saved_tensors_hooks):
         if storage.data_ptr() not in self.seen:
             self.bytes += storage.nbytes()
             self.seen.add(storage.data_ptr())
-        return t, t._version
+        return t.detach(), t._version  # a tensor that knew its own graph would keep it for ever
 
     @staticmethod
     def unpack(kept) -> Tensor:
