@@ -12,7 +12,7 @@ from benchmarks.bench import PlainLoader
 from benchmarks.plain import PLAIN, form
 from imtm_lite.data import Split, batch_plan, batches
 from imtm_lite.text import Vocab
-from tests.test_matchers import make, ragged
+from tests.matchers import make, ragged
 
 
 @pytest.mark.parametrize('dtype,tolerance', [(torch.float32, 1e-5), (torch.float64, 1e-10)])
@@ -41,10 +41,10 @@ def test_rows_are_what_their_names_say():
     assert [c.config['form'] for c in camps.values()] == ['paper', 'paper', 'released']
     assert [c.image_fusion.gate for c in camps.values()] == ['elementwise', 'scalar', 'scalar']
     assert bench.build('scan both', 32).config['direction'] == 'both'
-    phase = bench.training_matcher('ssamt phase 2', 32, 4)
-    assert not any(p.requires_grad for p in phase.intra.parameters())
-    assert all(p.requires_grad for p in phase.inter.parameters())
-    assert phase(bench.training_batch(4))['phrase'].item() > 0, 'no phrase loss'
+    task = bench.training_task('ssamt phase 2', 32, 4)
+    assert not any(p.requires_grad for p in task.matcher.intra.parameters())
+    assert all(p.requires_grad for p in task.matcher.inter.parameters())
+    assert task(bench.training_batch(4))['phrase'].item() > 0, 'no phrase loss'
 
 
 def test_counted_is_what_the_formulas_say():

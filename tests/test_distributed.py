@@ -25,7 +25,7 @@ from imtm_lite.processes import Processes
 from imtm_lite.runs import Log, train
 from imtm_lite.tasks import Task
 from imtm_lite.text import Vocab
-from tests.test_matchers import make, ragged
+from tests.matchers import make, ragged
 
 RUN = dict(
     arguments=dict(width=16, word_width=8),

@@ -44,7 +44,7 @@ from imtm_lite.scoring import encode
 from imtm_lite.tasks import Task
 from imtm_lite.text import UNK, Captions, Reader
 from imtm_lite.training import drop_regions, drop_words, learning_rate, train_step
-from tests.test_matchers import make, ragged
+from tests.matchers import make, ragged
 
 QUICK = dict(
     arguments=dict(width=16, word_width=8),
