@@ -114,7 +114,9 @@ def paper_row(model: str, gallery: str) -> PaperRow:
     )
 
 
-ROWS = {f'{model}-{name}': paper_row(model, name) for model in PAPERS for name in GALLERIES}
+ROWS = {
+    f'{model}-{gallery}': paper_row(model, gallery) for model in PAPERS for gallery in GALLERIES
+}
 
 # %% ../nbs/32_results.ipynb #results-15
 def find_row(name: str, ensemble: int = 1) -> PaperRow:

@@ -180,12 +180,12 @@ def match_by_length(
     if memory is None:
         memory = 2**31 if order.device.type == 'cpu' else 2**33
     columns = [captions[block].trimmed() for block in order.split(size)]
-    rows = [images[b : b + 2 * size] for b in range(0, len(images), 2 * size)]
     known = [tensor for codes in (images, *columns) for _, tensor in codes.items()]
     kept = KeptBytes([*matcher.parameters(), *known])
     scores = []
-    for row in rows:
-        tiles = [match_tile(matcher, row, column, kept, memory) for column in columns]
+    for b in range(0, len(images), 2 * size):
+        rows = slice(b, b + 2 * size)
+        tiles = [match_tile(matcher, images[rows], column, kept, memory) for column in columns]
         scores.append(torch.cat(tiles, 1))
     return torch.cat(scores)[:, order.argsort()]
 

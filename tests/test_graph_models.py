@@ -1,5 +1,9 @@
-"CMSEI and Hire: equal to their plain forms with gradients, each ablation switches off what it says, and data that lacks a file is refused."
+"""CMSEI and Hire: equal to their plain forms, with gradients.
 
+Each ablation switches off what it says, and data that lacks a file is refused.
+"""
+
+import inspect
 import shutil
 
 import pytest
@@ -8,32 +12,31 @@ import torch.nn.functional as F
 
 from imtm_lite.checkpoints import build, check_fits, load
 from imtm_lite.data import Split
-from imtm_lite.explain import edge_influence
 from imtm_lite.files import CheckpointError, DataError, SettingError
-from imtm_lite.models.cmsei import LEVELS
-from imtm_lite.models.hire import ORDERS
+from imtm_lite.models.cmsei import CMSEI, LEVELS, last_of
+from imtm_lite.models.hire import ORDERS, Hire
 from imtm_lite.regions import Regions
 from imtm_lite.runs import train
+from imtm_lite.spatial import pairs
 from tests.test_matchers import changed, make, ragged, scores_of
+
+
+def received_plain(layer, v, edges):
+    "What arrives at one region along its edges (R, K)."
+    W = layer.send.weight.unflatten(0, (-1, v.shape[1]))
+    m = torch.zeros_like(v[0])
+    for j, k in edges.nonzero().tolist():
+        sent = torch.einsum('b,bde,e->d', layer.mix[k], W, v[j]) + layer.edge[k]
+        m = m + edges[j, k] * sent
+    return m / max(1.0, float(edges.sum()))
 
 
 def reason_plain(layer, v, graph):
     "Relational convolution for one picture, edge by edge."
-    W = layer.send.weight.unflatten(0, (-1, v.shape[1]))
     out = []
     for i in range(len(v)):
-        m = sum(
-            (
-                graph[i, j, k] * (torch.einsum('b,bde,e->d', layer.mix[k], W, v[j]) + layer.edge[k])
-                for j, k in graph[i].nonzero().tolist()
-            ),
-            torch.zeros_like(v[i]),
-        )
-        out.append(
-            F.normalize(
-                v[i] + layer.out.weight @ F.relu(m / max(1.0, float(graph[i].sum()))), dim=0
-            )
-        )
+        m = received_plain(layer, v, graph[i])
+        out.append(F.normalize(v[i] + layer.out.weight @ F.relu(m), dim=0))
     return torch.stack(out)
 
 
@@ -43,57 +46,64 @@ def look_plain(x, y, temperature):
     return (temperature * scaled / scaled.norm(dim=0)).softmax(-1)
 
 
+def choose_whole_plain(v, t, s, alpha, count):
+    "Without object-word attention: the sentence s chose objects, and the picture chooses words."
+    g = F.normalize(v.mean(0), dim=0)
+    beta = (count * t @ g).softmax(0)
+    sentence = F.cosine_similarity(s, alpha @ v, dim=0)
+    picture = F.cosine_similarity(g, beta @ t, dim=0)
+    return (sentence + picture) / 2
+
+
 def weighed_plain(model, v, t):
-    "The form that refines nothing: one picture (R, D) after reasoning and one sentence (T, D), no padding."
+    "Nothing is refined: one picture (R, D) after reasoning and one sentence (T, D), no padding."
     choose, count = (level * model.config[name] for name, level in LEVELS.items())
     s = F.normalize(t.mean(0), dim=0)
     alpha = (choose * v @ s).softmax(0)
     if not model.config['object_word']:
-        g = F.normalize(v.mean(0), dim=0)
-        beta = (count * t @ g).softmax(0)
-        return (
-            F.cosine_similarity(s, alpha @ v, dim=0) + F.cosine_similarity(g, beta @ t, dim=0)
-        ) / 2
+        return choose_whole_plain(v, t, s, alpha, count)
     g = F.normalize(alpha @ v, dim=0)
     beta = (count * t @ g).softmax(0)
     a = look_plain(t, v, model.config['temperature'])
     return sum(beta[j] * F.cosine_similarity(t[j], a[j] @ v, dim=0) for j in range(len(t)))
 
 
+def told_plain(model, x, message, who):
+    "x plus a message of length one, as loud as the gate is open."
+    if who not in model.gate:
+        return x
+    gate = model.gate[who]
+    message = message / message.norm()
+    cosine = x @ message / x.norm()
+    return x + torch.sigmoid(gate.slope * cosine + gate.bias) * message
+
+
+def looks_plain(model, v, t):
+    "Of words over regions (T, R), of regions over words (R, T)."
+    if model.config['object_word']:
+        over_regions = look_plain(t, v, model.config['temperature'])
+        return over_regions, look_plain(v, t, model.config['object_temperature'])
+    return v.new_full((len(t), len(v)), 1 / len(v)), v.new_full((len(v), len(t)), 1 / len(t))
+
+
+def agreement_plain(x, over, y):
+    "Mean cosine of each of x with its weighted sum of y."
+    cosines = [F.cosine_similarity(x[i], over[i] @ y, dim=0) for i in range(len(x))]
+    return sum(cosines) / len(x)
+
+
 def refined_plain(model, v, t):
-    "Objects and words refine each other, every vector formed: one picture (R, D) after reasoning and one sentence (T, D)."
-    R = len(v)
-    T = len(t)
-    on = model.config
-    if on['object_word']:
-        over_regions = look_plain(t, v, on['temperature'])
-        over_words = look_plain(v, t, on['object_temperature'])
-    else:
-        over_regions = torch.full((T, R), 1 / R).to(v)
-        over_words = torch.full((R, T), 1 / T).to(v)
-
-    def told(x, message, gate):  # x plus a message of length one, as loud as the gate is open
-        if gate not in model.gate:
-            return x
-        message = message / message.norm()
-        cosine = x @ message / x.norm()
-        return x + torch.sigmoid(model.gate[gate].slope * cosine + model.gate[gate].bias) * message
-
-    objects = [
-        told(v[r], sum(over_words[r, j] * t[j] for j in range(T)), 'object') for r in range(R)
-    ]
-    words = [told(t[j], sum(over_regions[j, r] * v[r] for r in range(R)), 'word') for j in range(T)]
-    objects = [told(o, sum(t) / T, 'sentence') for o in objects]
-    words = [told(w, sum(v) / R, 'image') for w in words]
-    by_word = sum(
-        F.cosine_similarity(words[j], sum(over_regions[j, r] * objects[r] for r in range(R)), dim=0)
-        for j in range(T)
-    )
-    by_object = sum(
-        F.cosine_similarity(objects[r], sum(over_words[r, j] * words[j] for j in range(T)), dim=0)
-        for r in range(R)
-    )
-    return (by_word / T + by_object / R) / 2
+    "Every vector formed: one picture (R, D) after reasoning and one sentence (T, D)."
+    over_regions, over_words = looks_plain(model, v, t)
+    objects = [told_plain(model, v[r], over_words[r] @ t, 'object') for r in range(len(v))]
+    words = [told_plain(model, t[j], over_regions[j] @ v, 'word') for j in range(len(t))]
+    sentence = sum(t) / len(t)
+    picture = sum(v) / len(v)
+    objects = torch.stack([told_plain(model, o, sentence, 'sentence') for o in objects])
+    words = torch.stack([told_plain(model, w, picture, 'image') for w in words])
+    by_word = agreement_plain(words, over_regions, objects)
+    by_object = agreement_plain(objects, over_words, words)
+    return (by_word + by_object) / 2
 
 
 def reasoned_plain(model, v, graphs):
@@ -114,47 +124,55 @@ FORMS = [
     dict(temperature=4.0, object_temperature=6.0),
     dict(spatial='binary', weighted=False),
     dict(spatial='binary', weighted=False, threshold=0.3, combined=True),
-    dict(zip(SWITCHES, (False,) * 3)),
+    dict.fromkeys(SWITCHES, False),
 ]
+
+
+def plain_scores(model, regions, images, sentences):
+    "All pairs of some pictures and sentences, one at a time and without padding."
+    plain = refined_plain if model.config['refine'] else weighed_plain
+    graphs = model.graphs_of(regions)
+    v = model.regions(regions)
+    scores = torch.empty(len(images), len(sentences), dtype=v.dtype)
+    for b, n in enumerate(regions.mask.sum(1).tolist()):
+        own = {name: graph[b, :n, :n] for name, graph in graphs.items()}
+        x = reasoned_plain(model, v[b, :n], own)
+        for c, real in enumerate(sentences.mask):
+            scores[b, c] = plain(model, x, sentences.x[c][real])
+    return scores
+
+
+def gradients(scores, parameters):
+    "None, where loops met no edge, is zero."
+    given = torch.autograd.grad(scores, parameters, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, given)]
 
 
 @pytest.mark.parametrize('refine', (True, False))
 @pytest.mark.parametrize('arguments', FORMS, ids=str)
 def test_cmsei_equals_its_plain_form_on_ragged_input_with_gradients(arguments, refine):
-    model, (regions, captions) = (
-        make('cmsei', arguments | dict(refine=refine), torch.float64),
-        ragged(torch.float64, images=3, captions=4),
-    )
+    model = make('cmsei', arguments | dict(refine=refine), torch.float64)
+    regions, captions = ragged(torch.float64, images=3, captions=4)
     images = model.encode_images(regions)
     sentences = model.encode_captions(captions)
     fast = model.match(images, sentences)
-    graphs = {n: f(regions) for n, f in model.graphs.items()}
-    v = model.regions(regions)
-    plain = torch.empty_like(fast)
-    for b, n in enumerate(regions.mask.sum(1).tolist()):
-        x = reasoned_plain(model, v[b, :n], {k: g[b, :n, :n] for k, g in graphs.items()})
-        for c, said in enumerate(sentences.mask):
-            plain[b, c] = (refined_plain if refine else weighed_plain)(
-                model, x, sentences.x[c][said]
-            )
+    plain = plain_scores(model, regions, images, sentences)
     torch.testing.assert_close(fast, plain, atol=1e-12, rtol=0)
     weight = torch.randn_like(fast)
     parameters = list(model.parameters())
-    a, b = (
-        torch.autograd.grad((s * weight).sum(), parameters, retain_graph=True, allow_unused=True)
-        for s in (fast, plain)
-    )
-    # None: loops that met no edge
-    for parameter, x, y in zip(parameters, a, b):
-        x, y = (torch.zeros_like(parameter) if g is None else g for g in (x, y))
-        torch.testing.assert_close(x, y, atol=1e-10, rtol=1e-8)
+    ours = gradients((fast * weight).sum(), parameters)
+    theirs = gradients((plain * weight).sum(), parameters)
+    torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-8)
 
 
 @pytest.mark.parametrize('name', ['cmsei', 'hire'])
 def test_every_part_can_be_switched_off_alone_and_counts(name):
-    "From everything on and from everything else off, each switch changes the scores, and only the switched part's parameters go."
+    """Each switch changes the scores, from everything on and from everything else off.
+
+    And only the switched part's parameters go.
+    """
     regions, captions = ragged(torch.float64)
-    off = dict(zip(SWITCHES, (False,) * 3)) | dict(spatial='none', semantic=False)
+    off = dict.fromkeys(SWITCHES, False) | dict(spatial='none', semantic=False)
     whole = make(name, {}, torch.float64)
     # they begin nearly closed
     for gate in whole.gate.values():
@@ -172,88 +190,96 @@ def test_every_part_can_be_switched_off_alone_and_counts(name):
 
 
 def test_closed_gates_leave_scan_in_both_directions():
-    model, (regions, captions) = (
-        make('cmsei', dict(spatial='none', semantic=False), torch.float64),
-        ragged(torch.float64),
-    )
+    model = make('cmsei', dict(spatial='none', semantic=False), torch.float64)
+    regions, captions = ragged(torch.float64)
     scan = make('scan', dict(direction='both'), torch.float64)
     scan.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith('gate')})
     for gate in model.gate.values():
         gate.bias.data.fill_(-torch.inf)
-    torch.testing.assert_close(
-        scores_of(model, regions, captions), scores_of(scan, regions, captions), atol=1e-12, rtol=0
-    )
+    want = scores_of(scan, regions, captions)
+    torch.testing.assert_close(scores_of(model, regions, captions), want, atol=1e-12, rtol=0)
 
 
-def test_gates_and_messages_are_those_of_the_match():
-    model, (regions, captions) = make('cmsei', {}, torch.float64), ragged(torch.float64)
+def test_gates_open_as_far_as_vector_and_message_agree():
+    model = make('cmsei', {}, torch.float64)
+    regions, captions = ragged(torch.float64)
     images = model.encode_images(regions)
     sentences = model.encode_captions(captions)
-    of_objects, of_words = model.gates(images, sentences)
-    to_objects, to_words = model.messages_of(images, sentences)
-    for gates, messages, own, gate in (
-        (of_objects, to_objects, images.x[:, None], 'object'),
-        (of_words, to_words, sentences.x[None], 'word'),
-    ):
-        assert gates.shape == messages.shape[:3]
-        want = torch.sigmoid(
-            model.gate[gate].slope * F.cosine_similarity(own, messages, dim=-1)
-            + model.gate[gate].bias
-        )
-        real = (
-            (images.mask[:, None] & torch.ones(len(captions), 1, dtype=torch.bool))
-            if gate == 'object'
-            else sentences.mask.expand(len(regions), -1, -1)
-        )
-        torch.testing.assert_close(gates[real], want[real], atol=1e-10, rtol=0)
-    assert make('cmsei', dict(object_word=False), torch.float64).gates(images, sentences) is None
-    stages = model.stages(regions)
-    assert list(stages) == ['encoded', 'spatial', 'semantic'] and torch.equal(
-        stages['semantic'], images.x
+    B = len(images)
+    C = len(sentences)
+    owners = dict(object=images.x[:, None], word=sentences.x[None])
+    masks = dict(
+        object=images.mask[:, None].expand(-1, C, -1), word=sentences.mask.expand(B, -1, -1)
     )
+    gates = model.gates(images, sentences)
+    messages = model.messages_of(images, sentences)
+    for who, opened, heard in zip(('object', 'word'), gates, messages):
+        assert opened.shape == heard.shape[:3]
+        cosine = F.cosine_similarity(owners[who], heard, dim=-1)
+        want = torch.sigmoid(model.gate[who].slope * cosine + model.gate[who].bias)
+        real = masks[who]
+        torch.testing.assert_close(opened[real], want[real], atol=1e-10, rtol=0)
+    silent = make('cmsei', dict(object_word=False), torch.float64)
+    assert silent.gates(images, sentences) is None
+
+
+def test_stages_end_with_what_is_matched():
+    model = make('cmsei', {}, torch.float64)
+    regions, _ = ragged(torch.float64)
+    stages = model.stages(regions)
+    assert list(stages) == ['encoded', 'spatial', 'semantic']
+    assert torch.equal(last_of(stages), model.encode_images(regions).x)
 
 
 def test_combined_edges_are_those_of_either_graph():
     regions, _ = ragged(torch.float64)
-    one, two = (
-        make(
-            'cmsei',
-            dict(spatial='binary', weighted=False, threshold=0.3, combined=c),
-            torch.float64,
-        ).graphs
-        for c in (True, False)
-    )
-    either = (two['spatial'](regions) > 0).any(-1) | (two['semantic'](regions) > 0).any(-1)
-    assert list(one) == ['combined'] and torch.equal(
-        one['combined'](regions)[..., 0], either.double()
-    )
-    assert (
-        two['semantic'](regions).unique().tolist() == [0, 1] and either.any() and not either.all()
-    )
+    yes_or_no = dict(spatial='binary', weighted=False, threshold=0.3)
+    apart = make('cmsei', yes_or_no, torch.float64).graphs_of(regions)
+    together = make('cmsei', yes_or_no | dict(combined=True), torch.float64).graphs_of(regions)
+    assert list(together) == ['combined']
+    assert apart['semantic'].unique().tolist() == [0, 1]
+    either = (apart['spatial'] > 0).any(-1) | (apart['semantic'] > 0).any(-1)
+    assert torch.equal(together['combined'][..., 0], either.double())
+    assert either.any() and not either.all()
 
 
 @pytest.mark.parametrize('order', ORDERS)
 def test_hire_begins_as_cmsei_and_its_orders_differ(order):
-    model, (regions, _) = make('hire', dict(order=order), torch.float64), ragged(torch.float64)
+    model = make('hire', dict(order=order), torch.float64)
+    regions, _ = ragged(torch.float64)
 
     def reasoned(order):
         model.config['order'] = order
-        *_, v = model.stages(regions).values()
-        return v
+        return last_of(model.stages(regions))
 
     others = [reasoned(other) for other in ORDERS]
     assert all((a - b).abs().max() > 1e-6 for a, b in zip(others, others[1:]))
     torch.nn.init.zeros_(model.implicit.attend.out.weight)  # as a new layer is
-    graphs = {name: build(regions) for name, build in model.graphs.items()}
-    *_, explicit = model.explicit(model.regions(regions), regions.mask, graphs).values()
-    want = (
-        F.normalize(model.regions(regions) + explicit, dim=-1) if order == 'parallel' else explicit
-    )
+    v = model.regions(regions)
+    want = last_of(model.explicit(v, regions.mask, model.graphs_of(regions)))
+    if order == 'parallel':
+        want = F.normalize(v + want, dim=-1)
     torch.testing.assert_close(reasoned(order), want, atol=1e-12, rtol=0)
 
 
+def test_a_setting_of_hire_is_declared_once():
+    ours = inspect.signature(Hire).parameters
+    theirs = inspect.signature(CMSEI).parameters
+    assert set(ours) - set(theirs) == {'order', 'heads', 'centred'}
+    for name, parameter in theirs.items():
+        assert ours[name] == parameter
+    model = make('hire', {}, torch.float64)
+    assert set(model.config) == set(ours)
+    with pytest.raises(TypeError, match='colour'):
+        Hire(region_width=3, words=9, predicates=2, width=8, colour='red')
+
+
+def mean_cosine(v, mask):
+    return (v @ v.mT)[pairs(mask)].mean().item()
+
+
 def test_implicit_reasoning_keeps_regions_apart():
-    "Opened at random, the centred layer leaves the regions of a picture about as alike as they were; the uncentred one does not."
+    "Opened at random, the centred layer leaves regions about as alike as they were."
     torch.manual_seed(0)
     regions, _ = ragged(torch.float64)
     alike = {}
@@ -261,30 +287,10 @@ def test_implicit_reasoning_keeps_regions_apart():
         model = make('hire', dict(centred=centred), torch.float64)
         torch.nn.init.normal_(model.implicit.attend.out.weight, std=0.3)
         stages = model.stages(regions)
-        for name in ('encoded', 'implicit'):
-            real = (
-                regions.mask[:, :, None] & regions.mask[:, None] & ~torch.eye(5, dtype=torch.bool)
-            )
-            alike[centred, name] = (stages[name] @ stages[name].mT)[real].mean().item()
-    assert alike[True, 'implicit'] < alike[True, 'encoded'] + 0.05 < alike[False, 'implicit']
-
-
-def test_influence_is_what_removing_an_edge_costs():
-    model, (regions, captions) = make('cmsei', {}, torch.float64), ragged(torch.float64)
-    one = regions[0]
-    said = captions[0]
-    falls = edge_influence(model, one, said, size=3)
-    graphs = {n: f(one) for n, f in model.graphs.items()}
-    with torch.no_grad():
-        before = model.match(model.image_codes(one, graphs), model.encode_captions(said))
-        for name in graphs:
-            edges = graphs[name][0].any(-1)
-            assert not falls[name][~edges].any()
-            for i, j in edges.nonzero().tolist():
-                gone = {n: g.clone() for n, g in graphs.items()}
-                gone[name][0, i, j] = 0
-                after = model.match(model.image_codes(one, gone), model.encode_captions(said))
-                assert abs(float(before - after) - float(falls[name][i, j])) < 1e-6
+        alike[centred] = mean_cosine(stages['implicit'], regions.mask)
+        if centred:
+            before = mean_cosine(stages['encoded'], regions.mask)
+    assert alike[True] < before + 0.05 < alike[False]
 
 
 def test_graphs_are_only_read_where_they_are_used():
@@ -296,9 +302,7 @@ def test_graphs_are_only_read_where_they_are_used():
     ):
         model = make('cmsei', arguments, torch.float64)
         bare = Regions(**{k: t for k, t in regions.items() if k not in ignored})
-        torch.testing.assert_close(
-            model.encode_images(bare).x, model.encode_images(regions).x, atol=0, rtol=0
-        )
+        assert torch.equal(model.encode_images(bare).x, model.encode_images(regions).x)
         assert ignored[0] not in model.needs
     model = make('cmsei', {}, torch.float64)
     moved = changed(regions, confidence=regions.confidence / 2)
@@ -306,7 +310,8 @@ def test_graphs_are_only_read_where_they_are_used():
 
 
 def test_a_picture_without_triples_passes_through_the_semantic_graph_unchanged():
-    model, (regions, _) = make('cmsei', dict(spatial='none'), torch.float64), ragged(torch.float64)
+    model = make('cmsei', dict(spatial='none'), torch.float64)
+    regions, _ = ragged(torch.float64)
     bare = changed(regions, triples=torch.full_like(regions.triples, -1))
     torch.testing.assert_close(model.encode_images(bare).x, model.regions(bare), atol=1e-12, rtol=0)
 
@@ -314,17 +319,9 @@ def test_a_picture_without_triples_passes_through_the_semantic_graph_unchanged()
 @pytest.fixture(scope='module')
 def run(world, tmp_path_factory):
     out = tmp_path_factory.mktemp('run')
-    train(
-        'hire',
-        world,
-        out,
-        arguments=dict(width=8, word_width=8),
-        epochs=1,
-        size=40,
-        per_image=1,
-        progress=False,
-        device='cpu',
-    )
+    small = dict(width=8, word_width=8)
+    quick = dict(epochs=1, size=40, per_image=1, progress=False, device='cpu')
+    train('hire', world, out, arguments=small, **quick)
     return out
 
 
@@ -333,13 +330,11 @@ def copy(world, tmp_path):
 
 
 def test_a_checkpoint_rebuilds_graphs_and_order(run, world):
-    matcher, vocab, card = load(run)
-    assert (
-        matcher.needs == ('boxes', 'triples')
-        and card['predicates'] == Split(world, 'train').predicates
-        and matcher.config['order'] == 'implicit-explicit'
-    )
-    check_fits(matcher, Split(world, 'dev'))
+    loaded = load(run)
+    assert loaded.matcher.needs == ('boxes', 'triples')
+    assert loaded.card['predicates'] == Split(world, 'train').predicates
+    assert loaded.matcher.config['order'] == 'implicit-explicit'
+    check_fits(loaded, Split(world, 'dev'))
 
 
 @pytest.mark.parametrize(
@@ -351,33 +346,25 @@ def test_a_checkpoint_rebuilds_graphs_and_order(run, world):
 def test_training_refuses_data_without_the_files_it_needs(file, needed, split, world, tmp_path):
     data = copy(world, tmp_path)
     (data / file.format(s=split)).unlink()
-    with pytest.raises(
-        DataError, match=f'{file.format(s=split)}: this file is missing, and cmsei needs it'
-    ):
-        train(
-            'cmsei',
-            data,
-            tmp_path / 'run',
-            arguments=dict(width=8, word_width=8, **needed),
-            epochs=1,
-            progress=False,
-            device='cpu',
-        )
+    small = dict(width=8, word_width=8) | needed
+    quick = dict(epochs=1, progress=False, device='cpu')
+    message = f'{file.format(s=split)}: this file is missing, and cmsei needs it'
+    with pytest.raises(DataError, match=message):
+        train('cmsei', data, tmp_path / 'run', arguments=small, **quick)
     assert not (tmp_path / 'run').exists()
 
 
 def test_a_checkpoint_refuses_data_it_cannot_read(run, world, tmp_path):
-    matcher, vocab, card = load(run)
+    loaded = load(run)
     data = copy(world, tmp_path)
     words = (data / 'predicates.txt').read_text().split('\n')
     (data / 'predicates.txt').write_text('\n'.join([words[1], words[0], *words[2:]]))
     with pytest.raises(CheckpointError, match='predicates.txt: other predicates'):
-        check_fits(matcher, Split(data, 'test'))
+        check_fits(loaded, Split(data, 'test'))
     (data / 'test_triples.jsonl').unlink()
-    with pytest.raises(
-        DataError, match='test_triples.jsonl: this file is missing, and hire needs it'
-    ):
-        check_fits(matcher, Split(data, 'test'))
+    message = 'test_triples.jsonl: this file is missing, and hire needs it'
+    with pytest.raises(DataError, match=message):
+        check_fits(loaded, Split(data, 'test'))
 
 
 def test_bad_arguments_are_one_line():

@@ -1,4 +1,7 @@
-"README.md from nbs/index.ipynb: `python -m tools.readme`. Prose as it stands, links made relative to the root, code with what it gave."
+"""README.md from nbs/index.ipynb: `python -m tools.readme`.
+
+Prose stands as it is, with links made relative to the root; of code cells, what a reader sees.
+"""
 
 import json
 import re
@@ -10,42 +13,46 @@ ROOT = Path(__file__).parent.parent
 def relink(text: str) -> str:
     "Links written for nbs/ as the root needs them."
 
-    def link(m):
-        target = m[1]
+    def link(match):
+        target = match[1]
         if target.startswith(('http', '#')):
-            return m[0]
-        return f']({target[3:]})' if target.startswith('../') else f'](nbs/{target})'
+            return match[0]
+        if target.startswith('../'):
+            return f']({target[3:]})'
+        return f'](nbs/{target})'
 
     return re.sub(r'\]\(([^)\s]+)\)', link, text)
 
 
+def shown_output(output: dict) -> str | None:
+    "What an output of a cell shows: Markdown as it is, text in a block."
+    data = output.get('data', {})
+    if 'text/markdown' in data:
+        return ''.join(data['text/markdown'])
+    if output['output_type'] == 'stream' or 'text/plain' in data:
+        text = ''.join(output.get('text') or data['text/plain'])
+        return f'```\n{text.rstrip()}\n```'
+    return None
+
+
 def shown(cell: dict) -> list[str]:
-    "What the reader sees of a code cell."
+    "What the reader sees of a cell."
     source = ''.join(cell['source'])
+    if cell['cell_type'] == 'markdown':
+        return [source]
     if '#| hide' in source:
         return []
-    parts = [] if '#| echo: false' in source else [f'```python\n{source}\n```']
-    for out in cell['outputs']:
-        data = out.get('data', {})
-        if 'text/markdown' in data:
-            parts.append(''.join(data['text/markdown']))
-        elif out['output_type'] == 'stream' or 'text/plain' in data:
-            parts.append(
-                '```\n' + ''.join(out.get('text') or data['text/plain']).rstrip('\n') + '\n```'
-            )
-    return parts
+    blocks = [] if '#| echo: false' in source else [f'```python\n{source}\n```']
+    outputs = [shown_output(output) for output in cell['outputs']]
+    return blocks + [text for text in outputs if text is not None]
 
 
 def readme(notebook: Path) -> str:
     "The text of README.md."
-    parts = ['<!-- made from nbs/index.ipynb by: make readme -->']
+    blocks = ['<!-- made from nbs/index.ipynb by: make readme -->']
     for cell in json.loads(notebook.read_text(encoding='utf-8'))['cells']:
-        parts += (
-            [relink(''.join(cell['source']))]
-            if cell['cell_type'] == 'markdown'
-            else map(relink, shown(cell))
-        )
-    return '\n\n'.join(parts) + '\n'
+        blocks += [relink(text) for text in shown(cell)]
+    return '\n\n'.join(blocks) + '\n'
 
 
 if __name__ == '__main__':

@@ -12,9 +12,9 @@ __all__ = ['FOLDS', 'FOLD_DEV', 'DATA', 'RELATION_WORDINGS', 'RATES', 'CANDIDATE
            'SPAN_COLUMNS', 'LABEL_COLUMNS', 'PHRASES', 'AGREEMENT', 'ALL', 'EXPERIMENTS', 'FIELDS', 'Trial',
            'Experiment', 'stages_of', 'stage_of', 'check_known', 'run_fingerprint', 'locked', 'is_held', 'whole_folder',
            'Place', 'world_of', 'from_world', 'from_next_world', 'from_user', 'read_graphs', 'numbers_of',
-           'graph_arrays', 'write_fold_split', 'numbered', 'write_lines', 'from_graphs', 'write_fold', 'write_view',
-           'link_files', 'write_rows', 'write_features', 'drawn_share', 'even_share', 'training_view', 'rows_of_view',
-           'relation_wordings', 'relation', 'probe_kinds', 'probe_counts', 'percents', 'measure_recall',
+           'graph_arrays', 'write_fold_split', 'numbered_triples', 'write_lines', 'from_graphs', 'write_fold',
+           'write_view', 'link_files', 'write_rows', 'write_features', 'drawn_share', 'even_share', 'training_view',
+           'rows_of_view', 'relation_wordings', 'relation', 'probe_kinds', 'probe_counts', 'percents', 'measure_recall',
            'measure_probes', 'measure_grounding', 'measure_size', 'corrupted', 'measure_tolerance', 'measure_scales',
            'measure_blame', 'mean_vectors', 'measure_first_look', 'percent', 'parser_of', 'marked_captions',
            'entity_spans', 'people_spans', 'measure_spans', 'in_common', 'units_of', 'equal_only', 'measure_labels',
@@ -278,11 +278,11 @@ def write_fold_split(
     write_lines(path_of(folder, name, 'ids'), [str(line['id']) for line in lines])
     captions = [caption['text'].strip() for line in lines for caption in line['captions']]
     write_lines(path_of(folder, name, 'captions'), captions)
-    triples = [numbered(line['triples'], predicates) for line in lines]
+    triples = [numbered_triples(line['triples'], predicates) for line in lines]
     write_triples(path_of(folder, name, 'triples'), triples)
 
 
-def numbered(triples: list, predicates: list[str]) -> list:
+def numbered_triples(triples: list, predicates: list[str]) -> list:
     "Triples with the predicate's number, all of the same confidence."
     rows = []
     for subject, predicate, other in triples:
