@@ -10,15 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from imtm_lite.models.camp import CAMP, CAMPStage1, load_released
-from tests.matchers import (
-    CAMPS,
-    close_with_gradients,
-    codes_of,
-    in_short,
-    make,
-    one_by_one,
-    ragged,
-)
+from tests.matchers import CAMPS, close_with_gradients, codes_of, in_short, make, one_by_one, ragged
 
 SIZES = dict(region_width=32, words=5, width=32, word_width=4)
 RELEASED = {  # file of weights and scores -> the model that has them

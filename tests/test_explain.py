@@ -6,7 +6,7 @@ import torch
 from imtm_lite.data import Split
 from imtm_lite.explain import draw_edges, edge_influence, strongest, without_edges
 from imtm_lite.files import shipped
-from tests.test_matchers import make, ragged
+from tests.matchers import make, ragged
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from imtm_lite.models.hire import ORDERS, Hire
 from imtm_lite.regions import Regions
 from imtm_lite.runs import train
 from imtm_lite.spatial import pairs
-from tests.test_matchers import changed, make, ragged, scores_of
+from tests.matchers import changed, close, close_with_gradients, make, ragged, scores_of
 
 
 def received_plain(layer, v, edges):
@@ -142,12 +142,6 @@ def plain_scores(model, regions, images, sentences):
     return scores
 
 
-def gradients(scores, parameters):
-    "None, where loops met no edge, is zero."
-    given = torch.autograd.grad(scores, parameters, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, given)]
-
-
 @pytest.mark.parametrize('refine', (True, False))
 @pytest.mark.parametrize('arguments', FORMS, ids=str)
 def test_cmsei_equals_its_plain_form_on_ragged_input_with_gradients(arguments, refine):
@@ -157,12 +151,7 @@ def test_cmsei_equals_its_plain_form_on_ragged_input_with_gradients(arguments, r
     sentences = model.encode_captions(captions)
     fast = model.match(images, sentences)
     plain = plain_scores(model, regions, images, sentences)
-    torch.testing.assert_close(fast, plain, atol=1e-12, rtol=0)
-    weight = torch.randn_like(fast)
-    parameters = list(model.parameters())
-    ours = gradients((fast * weight).sum(), parameters)
-    theirs = gradients((plain * weight).sum(), parameters)
-    torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-8)
+    close_with_gradients(model, fast, plain)
 
 
 @pytest.mark.parametrize('name', ['cmsei', 'hire'])
@@ -197,7 +186,7 @@ def test_closed_gates_leave_scan_in_both_directions():
     for gate in model.gate.values():
         gate.bias.data.fill_(-torch.inf)
     want = scores_of(scan, regions, captions)
-    torch.testing.assert_close(scores_of(model, regions, captions), want, atol=1e-12, rtol=0)
+    close(scores_of(model, regions, captions), want)
 
 
 def test_gates_open_as_far_as_vector_and_message_agree():
@@ -218,7 +207,7 @@ def test_gates_open_as_far_as_vector_and_message_agree():
         cosine = F.cosine_similarity(owners[who], heard, dim=-1)
         want = torch.sigmoid(model.gate[who].slope * cosine + model.gate[who].bias)
         real = masks[who]
-        torch.testing.assert_close(opened[real], want[real], atol=1e-10, rtol=0)
+        close(opened[real], want[real], atol=1e-10)
     silent = make('cmsei', dict(object_word=False), torch.float64)
     assert silent.gates(images, sentences) is None
 
@@ -259,7 +248,7 @@ def test_hire_begins_as_cmsei_and_its_orders_differ(order):
     want = last_of(model.explicit(v, regions.mask, model.graphs_of(regions)))
     if order == 'parallel':
         want = F.normalize(v + want, dim=-1)
-    torch.testing.assert_close(reasoned(order), want, atol=1e-12, rtol=0)
+    close(reasoned(order), want)
 
 
 def test_a_setting_of_hire_is_declared_once():
@@ -313,7 +302,7 @@ def test_a_picture_without_triples_passes_through_the_semantic_graph_unchanged()
     model = make('cmsei', dict(spatial='none'), torch.float64)
     regions, _ = ragged(torch.float64)
     bare = changed(regions, triples=torch.full_like(regions.triples, -1))
-    torch.testing.assert_close(model.encode_images(bare).x, model.regions(bare), atol=1e-12, rtol=0)
+    close(model.encode_images(bare).x, model.regions(bare))
 
 
 @pytest.fixture(scope='module')

@@ -5,7 +5,6 @@ from functools import partial
 import pytest
 import torch
 
-from imtm_lite.gallery import chosen_pairs, put_below, rerank, rerank_agreement, score_chosen
 from imtm_lite.losses import HardestBCE, Triplet
 from imtm_lite.scoring import KeptBytes, PeakBytes, encode, match_by_length, score, score_pairs
 from tests.matchers import (
@@ -66,87 +65,6 @@ def test_pairs_are_the_diagonal_of_match(name, arguments):
         close(a, b, atol=1e-10, rtol=1e-8)
     with pytest.raises(ValueError, match='as many images as captions, not 19 and 3'):
         matcher.pairs(images, sentences[:3])
-
-
-# ---------------------------------------------------------------- a second look
-
-
-def best_places(row, count):
-    "Where the largest numbers of a list are."
-    places = range(len(row))
-    return sorted(places, key=lambda place: -row[place])[:count]
-
-
-def chosen_plain(first, candidates):
-    "Loops over rows and columns."
-    B, C = first.shape
-    chosen = torch.zeros(B, C, dtype=torch.bool)
-    for b in range(B):
-        chosen[b, best_places(first[b], candidates)] = True
-    for c in range(C):
-        chosen[best_places(first[:, c], candidates), c] = True
-    return chosen
-
-
-def rerank_plain(first, exact, candidates):
-    "What is not chosen keeps its order, one below the worst exact score."
-    chosen = chosen_plain(first, candidates)
-    worst = exact[chosen].min()
-    below = first - first[~chosen].max() + worst - 1 if not chosen.all() else first
-    return torch.where(chosen, exact, below)
-
-
-@pytest.mark.parametrize('candidates', [1, 3, 6, 50])
-def test_rerank_is_exact_for_candidates_and_puts_all_others_below(candidates):
-    matcher = make('scan', {}, torch.float64)
-    with torch.no_grad():
-        images, sentences = codes_of(matcher, *ragged(torch.float64, images=7, captions=12))
-    exact = matcher.match(images, sentences).float()
-    first = 5 * torch.randn(7, 12)
-    told = []
-    got = rerank(matcher, images, sentences, first, candidates=candidates, tell=told.append)
-    close(got, rerank_plain(first, exact, candidates), atol=1e-5)
-    chosen = chosen_pairs(first, candidates)
-    assert sum(told) == chosen.sum()
-    assert (chosen.sum(0) >= min(candidates, 7)).all()
-    assert (chosen.sum(1) >= min(candidates, 12)).all()
-    close(got[chosen], exact[chosen], atol=1e-6)
-    if not chosen.all():
-        assert got[~chosen].max() < got[chosen].min()
-        # the order of the first look
-        assert got[~chosen].argsort().equal(first[~chosen].argsort())
-    every = torch.ones_like(chosen)
-    one_at_a_time = score_chosen(matcher, images, sentences, every, size=5)
-    close(one_at_a_time.view(7, 12), exact, atol=1e-6)
-
-
-@pytest.mark.parametrize('candidates', [1, 3, 6, 50])
-def test_agreement_counts_the_best_pictures_among_the_candidates(candidates):
-    matcher = make('scan', {}, torch.float64)
-    with torch.no_grad():
-        images, sentences = codes_of(matcher, *ragged(torch.float64, images=7, captions=12))
-    exact = matcher.match(images, sentences).float()
-    first = 5 * torch.randn(7, 12)
-    chosen = chosen_pairs(first, candidates)
-    agreement = rerank_agreement(
-        matcher, images, sentences, first, candidates=candidates, sample=12
-    )
-    for k in (1, 5, 10):
-        hits = []
-        for c in range(12):
-            best = exact[:, c].argsort(descending=True)[:k]
-            hits += chosen[best, c].tolist()
-        assert agreement[k] == pytest.approx(100 * sum(hits) / len(hits))
-    perfect = rerank_agreement(matcher, images, sentences, exact, candidates=candidates, sample=5)
-    assert perfect[1] == 100
-
-
-def test_nothing_to_put_below():
-    first = torch.randn(3, 4)
-    nothing = torch.zeros(3, 4, dtype=torch.bool)
-    assert put_below(first, nothing, torch.empty(0)).equal(first)
-    exact = torch.arange(12.0)
-    assert put_below(first, ~nothing, exact).equal(exact.view(3, 4))
 
 
 # ---------------------------------------------------------------- regions
