@@ -90,19 +90,23 @@ def ragged(dtype, images=6, captions=9, regions=5, words=8):
     lengths[0] = words
     inside = torch.arange(words) < lengths[:, None]
     tokens = torch.randint(4, 30, (captions, words)) * inside
+    pictures = Regions(features=features, **surroundings(dtype, images, regions))
+    return pictures, with_phrases(Captions(tokens=tokens, lengths=lengths))
+
+
+def surroundings(dtype, images, regions):
+    "Boxes, sizes and triples of some pictures."
     # (B, R, x/y, low/high)
     corners = torch.rand(images, regions, 2, 2, dtype=dtype).sort(-1).values
     ends = [torch.randint(0, n, (images, 6)) for n in (regions, PREDICATES, regions)]
     triples = torch.stack(ends, -1)
     triples[torch.rand(images, 6) < 0.3] = -1
-    pictures = Regions(
-        features=features,
+    return dict(
         boxes=corners.transpose(2, 3).flatten(2),
         sizes=torch.tensor([640.0, 480.0], dtype=dtype).repeat(images, 1),
         triples=triples,
         confidence=torch.rand(images, 6, dtype=dtype),
     )
-    return pictures, with_phrases(Captions(tokens=tokens, lengths=lengths))
 
 
 def with_phrases(captions, phrases=4):
@@ -183,9 +187,9 @@ def one_by_one(score, images, captions):
 # ---------------------------------------------------------------- what is compared
 
 
-def close(got, want, atol=1e-12, rtol=0.0):
+def close(value, want, atol=1e-12, rtol=0.0):
     "Equal up to rounding."
-    torch.testing.assert_close(got, want, atol=atol, rtol=rtol)
+    torch.testing.assert_close(value, want, atol=atol, rtol=rtol)
 
 
 def gradients_of(matcher, number):

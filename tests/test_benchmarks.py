@@ -89,10 +89,12 @@ def test_a_part_has_lengths_like_the_whole():
     mean = codes.mask.sum(1).double().mean()
     for n in (2, 5, 50):
         some = bench.spread(codes, n)
-        assert len(some) == n and abs(some.mask.sum(1).double().mean() - mean) < 1
+        assert len(some) == n
+        assert abs(some.mask.sum(1).double().mean() - mean) < 1
     assert bench.spread(codes, 300) is codes
     v, t = bench.affordable(matcher.encode_images(regions), codes, 30)
-    assert len(v) * len(t) <= 30 and min(len(v), len(t)) > 3
+    assert len(v) * len(t) <= 30
+    assert min(len(v), len(t)) > 3
 
 
 def test_plain_and_fast_loader_give_the_same_batches(world):
@@ -200,4 +202,5 @@ def test_what_tiles_keep_is_what_a_step_needs(capsys):
     )
     lines = capsys.readouterr().out.splitlines()[1:]
     peaks = [int(line.split('peak ')[1].split(' MiB')[0].replace(',', '')) for line in lines]
-    assert 2 * peaks[0] < peaks[1] and 2 * peaks[2] < peaks[3]
+    assert 2 * peaks[0] < peaks[1]
+    assert 2 * peaks[2] < peaks[3]

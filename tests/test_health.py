@@ -1,6 +1,7 @@
 "Figures of health beside plain loops, and alarms that sound where they should."
 
 import math
+from itertools import permutations
 
 import pytest
 import torch
@@ -38,16 +39,12 @@ def mean(numbers):
 
 
 def mean_length_plain(items):  # each (L, D), without padding
-    return mean([vector.norm() for item in items for vector in item])
+    return mean([vector.norm() for vector in torch.cat(items)])
 
 
 def alike_plain(item):
     "Mean cosine of two different positions of one item (L, D)."
-    cosines = []
-    for i, one in enumerate(item):
-        for j, other in enumerate(item):
-            if i != j:
-                cosines.append(F.cosine_similarity(one, other, dim=0))
+    cosines = [F.cosine_similarity(one, other, dim=0) for one, other in permutations(item, 2)]
     return mean(cosines)
 
 
@@ -66,7 +63,7 @@ def own(x):  # (B, B, ...): matching pairs
 
 def others(x):
     "All pairs that do not match, row by row."
-    return [x[b, c] for b in range(len(x)) for c in range(len(x)) if b != c]
+    return [x[b, c] for b, c in permutations(range(len(x)), 2)]
 
 
 def message_figures_plain(side, messages, mask):
@@ -96,6 +93,24 @@ def score_figures_plain(scores):
     )
 
 
+def code_figures_plain(side, codes):
+    items = real(codes.x, codes.mask)
+    return {f'{side}_length': mean_length_plain(items), f'{side}_cosine': mean_alike_plain(items)}
+
+
+def inner_figures_plain(matcher, images, sentences):
+    "Messages and gates."
+    to_regions, to_words = matcher.messages_of(images, sentences)
+    figures = message_figures_plain('regions', to_regions, images.mask)
+    figures |= message_figures_plain('words', to_words, sentences.mask)
+    region_gates, word_gates = matcher.gates(images, sentences)
+    region_gates = region_gates.mean(-1)
+    regions_there = images.mask[:, None].expand_as(region_gates)
+    words_there = sentences.mask.expand_as(word_gates)
+    figures |= gate_figures_plain('regions', region_gates, regions_there)
+    return figures | gate_figures_plain('words', word_gates, words_there)
+
+
 @torch.no_grad()
 def test_figures_of_health_are_those_of_plain_loops():
     matcher = Shown(region_width=7, words=30, width=8, word_width=4).double()
@@ -105,21 +120,10 @@ def test_figures_of_health_are_those_of_plain_loops():
     assert matcher.training
     images, sentences = codes_of(matcher, regions, captions)
     want = score_figures_plain(matcher.match(images, sentences))
-    for side, codes in dict(region=images, word=sentences).items():
-        items = real(codes.x, codes.mask)
-        want[f'{side}_length'] = mean_length_plain(items)
-        want[f'{side}_cosine'] = mean_alike_plain(items)
+    want |= code_figures_plain('region', images) | code_figures_plain('word', sentences)
     for name, x in matcher.stages(regions).items():
         want[f'region_cosine.{name}'] = mean_alike_plain(real(x, images.mask))
-    to_regions, to_words = matcher.messages_of(images, sentences)
-    want |= message_figures_plain('regions', to_regions, images.mask)
-    want |= message_figures_plain('words', to_words, sentences.mask)
-    region_gates, word_gates = matcher.gates(images, sentences)
-    region_gates = region_gates.mean(-1)
-    regions_there = images.mask[:, None].expand_as(region_gates)
-    words_there = sentences.mask.expand_as(word_gates)
-    want |= gate_figures_plain('regions', region_gates, regions_there)
-    want |= gate_figures_plain('words', word_gates, words_there)
+    want |= inner_figures_plain(matcher, images, sentences)
     assert figures.keys() == want.keys()
     for name in want:
         assert figures[name] == pytest.approx(want[name], rel=1e-3, abs=1e-6), name

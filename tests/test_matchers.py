@@ -22,13 +22,21 @@ from tests.matchers import (
 )
 
 
-@each
-@pytest.mark.parametrize('dtype,tolerance', [(torch.float32, 1e-6), (torch.float64, 1e-12)])
-def test_scores_ignore_padding_tiles_and_order(name, arguments, dtype, tolerance):
+def tolerance_of(name, arguments, dtype):
+    "A refined vector has two roundings more; float64 says it is only that."
+    if dtype == torch.float64:
+        return 1e-12
     refined = name in ('cmsei', 'hire') and arguments.get('refine', True)
-    if dtype == torch.float32 and refined:
-        # a refined vector has two roundings more; float64 says it is only that
-        tolerance = 3e-6
+    return 3e-6 if refined else 1e-6
+
+
+in_both_precisions = pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+
+
+@each
+@in_both_precisions
+def test_scores_ignore_padding_and_order(name, arguments, dtype):
+    tolerance = tolerance_of(name, arguments, dtype)
     matcher = make(name, arguments, dtype)
     regions, captions = ragged(dtype)
     scores = scores_of(matcher, regions, captions)
@@ -41,15 +49,22 @@ def test_scores_ignore_padding_tiles_and_order(name, arguments, dtype, tolerance
     b = torch.randperm(len(regions))
     c = torch.randperm(len(captions))
     close(scores_of(matcher, regions[b], captions[c]), scores[b][:, c], atol=tolerance)
+
+
+@each
+@in_both_precisions
+def test_codes_are_scored_in_tiles_or_as_pairs(name, arguments, dtype):
+    tolerance = max(1e-6, tolerance_of(name, arguments, dtype))  # results are float32
+    matcher = make(name, arguments, dtype)
+    regions, captions = ragged(dtype)
+    scores = scores_of(matcher, regions, captions).float()
     images = encode(matcher.encode_images, [regions[:4], regions[4:]])
     sentences = encode(matcher.encode_captions, [captions[:2], captions[2:]])
-    tolerance = max(tolerance, 1e-6)  # from here on results are float32
     for memory in (1, 20_000, 2**30):
-        tiled = score(matcher, images, sentences, memory=memory)
-        close(tiled, scores.float(), atol=tolerance)
+        close(score(matcher, images, sentences, memory=memory), scores, atol=tolerance)
     rows = torch.randint(len(regions), (len(captions),))
-    wanted = scores[rows, torch.arange(len(captions))].float()
-    close(score_pairs(matcher, images, sentences, rows), wanted, atol=tolerance)
+    pairs = score_pairs(matcher, images, sentences, rows)
+    close(pairs, scores[rows, torch.arange(len(captions))], atol=tolerance)
 
 
 @each
@@ -161,7 +176,8 @@ def test_what_is_recomputed_changes_neither_score_nor_gradient(name, arguments):
     )
     for a, b, c, d in zip(whole, kept, some_kept, none_kept):
         # the very same operations, once or twice
-        assert b.equal(c) and b.equal(d)
+        assert b.equal(c)
+        assert b.equal(d)
         close(a, b, atol=1e-11)
 
 
@@ -182,10 +198,10 @@ def test_a_tensor_changed_in_place_is_noticed_where_bytes_are_counted():
     x = torch.ones(3, requires_grad=True)
     with KeptBytes([x]) as counter:
         y = x.exp()
-        z = y.square()
+        squares = y.square()
     # y, kept twice, counts once
     assert counter.bytes == 4 * 3
-    z.sum().backward()
+    squares.sum().backward()
     with KeptBytes([x]):
         y = x.exp()
     y.detach().add_(1)

@@ -47,17 +47,17 @@ def make(kind=SSAMT, **arguments):
 
 def ragged(images=4, captions=5, seed=0, regions=6, words=9, phrases=4):
     "Pictures of 1 to R regions, captions of 3 to T tokens, 0 to P phrases; noise as padding."
-    g = torch.Generator().manual_seed(seed)
-    have = torch.randint(1, regions + 1, (images,), generator=g)
-    features = torch.randn(images, regions, 7, generator=g, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    have = torch.randint(1, regions + 1, (images,), generator=generator)
+    features = torch.randn(images, regions, 7, generator=generator, dtype=torch.float64)
     mask = torch.arange(regions) < have[:, None]
-    lengths = torch.randint(3, words + 1, (captions,), generator=g)
+    lengths = torch.randint(3, words + 1, (captions,), generator=generator)
     lengths[0] = words
-    tokens = torch.randint(4, 30, (captions, words), generator=g)
+    tokens = torch.randint(4, 30, (captions, words), generator=generator)
     inside = torch.arange(words) < lengths[:, None]
-    units = (torch.rand(captions, phrases, words, generator=g) < 0.3) & inside[:, None]
+    units = (torch.rand(captions, phrases, words, generator=generator) < 0.3) & inside[:, None]
     units[-1] = False
-    kinds = torch.randint(0, 3, (captions, phrases), generator=g).where(units.any(2), -1)
+    kinds = torch.randint(0, 3, (captions, phrases), generator=generator).where(units.any(2), -1)
     pictures = Regions(features=features, mask=mask)
     return pictures, Captions(tokens=tokens, lengths=lengths, units=units, kinds=kinds)
 
@@ -96,23 +96,28 @@ def norm_plain(norm, x):
     return centred / (centred.square().mean() + norm.eps).sqrt() * norm.weight + norm.bias
 
 
+def projected_plain(attention, node):
+    "Query, key and value of one node, each in pieces, one a head."
+    D = len(node)
+    projected = attention.in_proj_weight @ node + attention.in_proj_bias
+    return [third.split(D // attention.num_heads) for third in projected.split(D)]
+
+
+def head_plain(query, keys, values):
+    logits = torch.stack([query @ key / math.sqrt(len(query)) for key in keys])
+    return logits.softmax(0) @ torch.stack(values)
+
+
 def attention_plain(attention, x, sees):
     "Node by node and head by head: x is a list of vectors, sees a list of lists of nodes."
-    D = len(x[0])
-    size = D // attention.num_heads
-    query = []
-    key = []
-    value = []
-    for node in x:
-        projected = attention.in_proj_weight @ node + attention.in_proj_bias
-        for vectors, third in zip((query, key, value), projected.split(D)):
-            vectors.append(third.split(size))
+    query, key, value = zip(*(projected_plain(attention, node) for node in x))
     out = []
     for i, seen in enumerate(sees):
         heads = []
-        for h in range(attention.num_heads):
-            logits = torch.stack([query[i][h] @ key[j][h] / math.sqrt(size) for j in seen])
-            heads.append(logits.softmax(0) @ torch.stack([value[j][h] for j in seen]))
+        for head in range(attention.num_heads):
+            keys = [key[j][head] for j in seen]
+            values = [value[j][head] for j in seen]
+            heads.append(head_plain(query[i][head], keys, values))
         out.append(attention.out_proj(torch.cat(heads)))
     return out
 
@@ -225,6 +230,17 @@ def test_the_intra_part_equals_the_plain_form(phrases):
 HIDDEN = {('sentence', 'region'), ('picture', 'phrase'), ('picture', 'word')}
 
 
+def sees_plain(i, j, kinds, real, own):
+    "Whether node i of a pair sees node j."
+    if i == j:
+        return True
+    if not (real[i] and real[j]) or (kinds[i], kinds[j]) in HIDDEN:
+        return False
+    if (kinds[i], kinds[j]) != ('phrase', 'word'):
+        return True
+    return bool(own[j - kinds.index('word'), i - kinds.index('phrase')])
+
+
 def test_sight_against_loops():
     _, captions = ragged(1, 6)
     own = captions.units.transpose(1, 2)  # (C, T, P)
@@ -233,26 +249,20 @@ def test_sight_against_loops():
     text = see_text(own, captions.mask, phrases)
     there = torch.cat([captions.mask[:, :1], phrases, captions.mask], 1)
     both = see_pair(text, there, regions)
-    P = phrases.shape[1]
-    T = captions.mask.shape[1]
-    n = 1 + P + T
-    kinds = ['sentence'] + ['phrase'] * P + ['word'] * T + ['picture'] + ['region'] * 5
+    kinds = ['sentence'] + ['phrase'] * 4 + ['word'] * 9 + ['picture'] + ['region'] * 5
     for c in range(6):
-        assert text[c].equal(both[c, :n, :n])
+        assert text[c].equal(both[c, : 1 + 4 + 9, : 1 + 4 + 9])
         real = there[c].tolist() + [True] + regions[c].tolist()
-        for i, j in product(range(n + 6), range(n + 6)):
-            kind = (kinds[i], kinds[j])
-            sees = real[i] and real[j] and kind not in HIDDEN
-            if kind == ('phrase', 'word'):
-                sees = sees and bool(own[c, j - 1 - P, i - 1])
-            assert both[c, i, j] == (sees or i == j), kind
+        for i, j in product(range(len(kinds)), range(len(kinds))):
+            want = sees_plain(i, j, kinds, real, own[c])
+            assert both[c, i, j] == want, (kinds[i], kinds[j])
 
 
 def caption_of(phrases, kinds, tokens):
     "One caption of so many tokens, with these tokens as phrases."
     units = torch.zeros(1, len(phrases), tokens, dtype=torch.bool)
-    for p, own in enumerate(phrases):
-        units[0, p, own] = True
+    for phrase, own in enumerate(phrases):
+        units[0, phrase, own] = True
     return Captions(
         tokens=torch.arange(4, 4 + tokens)[None],
         lengths=torch.tensor([tokens]),
@@ -302,7 +312,7 @@ def test_phrases_start_alike_and_get_their_content_from_their_own_words():
     torch.testing.assert_close(one, other)
 
 
-# ---------------------------------------------------------------- one pair does not depend on others
+# ---------------------------------------------------------------- pairs by themselves
 
 
 def test_pairs_are_the_diagonal_and_ignore_order_and_padding():
@@ -640,6 +650,15 @@ def scales_plain(matcher, images, encoded, labels, i, c):
     return *scales, units[matched], units[mismatched]
 
 
+def scale_answers_plain(true, false, local):
+    "Which scales tell a true pair from a false one; `local` is the place of the local scale."
+    answers = {'global': true[0] > false[0], 'local': true[local] > false[local]}
+    good, bad = false[3:]
+    if len(good) and len(bad):
+        answers['phrase'] = bool(good.mean() > bad.mean())
+    return answers
+
+
 @torch.no_grad()
 def test_scale_accuracy_by_hand():
     sample = Split(shipped('sample'), 'train')
@@ -647,24 +666,24 @@ def test_scale_accuracy_by_hand():
     facts = dict(region_width=sample.features.shape[2], words=len(vocab.vocab))
     matcher = make(positions=50, **facts).float()
     image = torch.from_numpy(sample.caption_image)
-    wrong = others(image, 3)
-    assert (image[wrong] != image).all()
     labels = PhraseLabels([chunk(caption) for caption in sample.captions], image)
     encoded = sample.encoded(vocab)
     images = matcher.encode_images(sample.regions(slice(None)))
-    right = {}
+    wrong = others(image, 3)
+    assert (image[wrong] != image).all()
+
+    def scales(i, c):
+        return scales_plain(matcher, images, encoded, labels, i, c)
+
+    right = dict(i2t={}, t2i={})
     for c in range(len(image)):
-        true = scales_plain(matcher, images, encoded, labels, image[c], c)
-        i2t = scales_plain(matcher, images, encoded, labels, image[c], wrong[c])
-        t2i = scales_plain(matcher, images, encoded, labels, image[wrong[c]], c)
-        for name, false, local in (('i2t', i2t, 1), ('t2i', t2i, 2)):
-            right.setdefault(('global', name), []).append(true[0] > false[0])
-            right.setdefault(('local', name), []).append(true[local] > false[local])
-            good, bad = false[3:]
-            if len(good) and len(bad):
-                right.setdefault(('phrase', name), []).append(bool(good.mean() > bad.mean()))
+        true = scales(image[c], c)
+        false = dict(i2t=scales(image[c], wrong[c]), t2i=scales(image[wrong[c]], c))
+        for local, name in enumerate(('i2t', 't2i'), 1):
+            for scale, answer in scale_answers_plain(true, false[name], local).items():
+                right[name].setdefault(scale, []).append(answer)
     table = scale_accuracy(matcher, images, encoded[:], image, labels, seed=3)
-    assert list(table) == ['global', 'local', 'phrase']
-    for (scale, name), answers in right.items():
-        percent = table[scale][('i2t', 't2i').index(name)]
-        assert percent == pytest.approx(100 * sum(answers) / len(answers), abs=1.0)
+    for scale, percents in table.items():
+        for name, percent in zip(('i2t', 't2i'), percents):
+            answers = right[name][scale]
+            assert percent == pytest.approx(100 * sum(answers) / len(answers), abs=1.0)
