@@ -326,7 +326,7 @@ def logs_agree(one, other):
 
 
 def weights_of(path):
-    return {name: w for name, w in tensors_of(path).items() if name.startswith('model.')}
+    return {name: x for name, x in tensors_of(path).items() if name.startswith('model.')}
 
 
 def test_two_processes_train_what_one_trains(world, tmp_path):

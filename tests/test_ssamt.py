@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imtm_lite.data import Batch, Split
+from imtm_lite.encoders import Codes
 from imtm_lite.files import shipped
 from imtm_lite.losses import Triplet
 from imtm_lite.models.ssamt import (
@@ -637,17 +638,44 @@ def test_phrases_without_nodes_look_too():
 # ---------------------------------------------------------------- scales
 
 
-def scales_plain(matcher, images, encoded, labels, i, c):
-    "Of one pair: wholes, units, regions; and the units that the picture has and has not."
-    v = images[int(i)]
-    t = matcher.encode_captions(encoded[[int(c)]])
-    cosines = matcher.compare(v, t)
-    scales = [float(scale) for scale in matcher.scales(cosines, v, t)]
-    P = t.exists.shape[1]
-    T = t.mask.shape[1]
-    matched, mismatched = labels.matched(torch.tensor([i]), torch.tensor([c]), P, T)
-    units = torch.cat([cosines.phrases, cosines.words], 1)
-    return *scales, units[matched], units[mismatched]
+class Spoken(NamedTuple):
+    "A model of the sample's words, and all it is asked about."
+
+    matcher: SSAMT
+    images: Codes
+    encoded: object  # indices -> captions
+    labels: PhraseLabels
+    image: Tensor  # (M,) picture of each caption
+
+    def scales(self, i, c):
+        "Of one pair: wholes, units, regions; the units that the picture has and has not."
+        v = self.images[int(i)]
+        t = self.matcher.encode_captions(self.encoded[[int(c)]])
+        cosines = self.matcher.compare(v, t)
+        scales = [float(scale) for scale in self.matcher.scales(cosines, v, t)]
+        P = t.exists.shape[1]
+        T = t.mask.shape[1]
+        pair = torch.tensor([i]), torch.tensor([c])
+        matched, mismatched = self.labels.matched(*pair, P, T)
+        units = torch.cat([cosines.phrases, cosines.words], 1)
+        return *scales, units[matched], units[mismatched]
+
+
+@pytest.fixture
+@torch.no_grad()
+def spoken():
+    sample = Split(shipped('sample'), 'train')
+    vocab = Reader(Vocab.build(sample.captions, 1), chunk)
+    facts = dict(region_width=sample.features.shape[2], words=len(vocab.vocab))
+    matcher = make(positions=50, **facts).float()
+    images = matcher.encode_images(sample.regions(slice(None)))
+    image = torch.from_numpy(sample.caption_image)
+    labels = PhraseLabels([chunk(caption) for caption in sample.captions], image)
+    return Spoken(matcher, images, sample.encoded(vocab), labels, image)
+
+
+def test_others_are_captions_of_other_pictures(spoken):
+    assert (spoken.image[others(spoken.image, 3)] != spoken.image).all()
 
 
 def scale_answers_plain(true, false, local):
@@ -660,25 +688,13 @@ def scale_answers_plain(true, false, local):
 
 
 @torch.no_grad()
-def test_scale_accuracy_by_hand():
-    sample = Split(shipped('sample'), 'train')
-    vocab = Reader(Vocab.build(sample.captions, 1), chunk)
-    facts = dict(region_width=sample.features.shape[2], words=len(vocab.vocab))
-    matcher = make(positions=50, **facts).float()
-    image = torch.from_numpy(sample.caption_image)
-    labels = PhraseLabels([chunk(caption) for caption in sample.captions], image)
-    encoded = sample.encoded(vocab)
-    images = matcher.encode_images(sample.regions(slice(None)))
+def test_scale_accuracy_by_hand(spoken):
+    matcher, images, encoded, labels, image = spoken
     wrong = others(image, 3)
-    assert (image[wrong] != image).all()
-
-    def scales(i, c):
-        return scales_plain(matcher, images, encoded, labels, i, c)
-
     right = dict(i2t={}, t2i={})
     for c in range(len(image)):
-        true = scales(image[c], c)
-        false = dict(i2t=scales(image[c], wrong[c]), t2i=scales(image[wrong[c]], c))
+        true = spoken.scales(image[c], c)
+        false = dict(i2t=spoken.scales(image[c], wrong[c]), t2i=spoken.scales(image[wrong[c]], c))
         for local, name in enumerate(('i2t', 't2i'), 1):
             for scale, answer in scale_answers_plain(true, false[name], local).items():
                 right[name].setdefault(scale, []).append(answer)

@@ -304,7 +304,7 @@ def take_step(task, parts, items, lr=0.0, clip=1e9):
 def gradient_of(task, parts, items):
     "What a step leaves in the gradients."
     take_step(task, parts, items)
-    gradients = [p.grad for p in task.matcher.parameters() if p.grad is not None]
+    gradients = [each.grad for each in task.matcher.parameters() if each.grad is not None]
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
