@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Mendable', 'DataError', 'SettingError', 'CheckpointError', 'said_as', 'check_replaceable', 'whole', 'write_json',
-           'npy_header', 'make_room', 'shipped']
+           'whole_folder', 'npy_header', 'make_room', 'shipped']
 
 # %% ../nbs/workshop/00_files.ipynb #files-03
 import io
@@ -13,7 +13,7 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -45,7 +45,7 @@ class CheckpointError(Mendable):
 # %% ../nbs/workshop/00_files.ipynb #files-08
 @contextmanager
 def said_as(
-    kind: type[Mendable],  # what to raise instead
+    kind: Callable[[str], Exception],  # makes what is raised instead from a line
     *expected: type[BaseException],
     before: str = '',  # put in front of the message
     after: str = '',  # put behind it
@@ -99,6 +99,19 @@ def write_json(
         return
     with whole(path, 'w') as file:
         file.write(text)
+
+# %% ../nbs/workshop/00_files.ipynb #files-12-g
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:  # where to write
+    "A folder that is complete or not there."
+    partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 # %% ../nbs/workshop/00_files.ipynb #files-12-b
 def npy_header(shape: tuple[int, ...], dtype) -> bytes:

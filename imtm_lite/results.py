@@ -18,10 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .checkpoints import build
+from .checkpoints import MODELS
 from .data import FILES, REQUIRED
 from .files import DataError, SettingError
-from .recipes import arguments_for
 
 # %% ../nbs/32_results.ipynb #results-06
 GALLERY_NAMES = {'f30k-1k': 'Flickr30K 1K', 'coco-1k-5fold': 'COCO 1K', 'coco-5k': 'COCO 5K'}
@@ -202,8 +201,7 @@ PARTNERS = {'boxes': 'sizes', 'triples': 'predicates'}
 
 def needs_of(model: str) -> tuple[str, ...]:  # keys of FILES
     "What a system reads beside features, captions and ids."
-    small = dict(region_width=8, words=8, predicates=1, width=8, word_width=8, heads=2)
-    return build(model, arguments_for(model, small)).needs
+    return MODELS[model].needed()
 
 
 def files_of(row: PaperRow) -> list[str]:

@@ -172,9 +172,11 @@ SHARED = {}
 
 
 def names_bound(assignment):
-    for node in ast.walk(assignment):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            yield node.id
+    "Names on the left; what a comprehension calls its items is nobody's business."
+    for target in assignment.targets:
+        for node in ast.walk(target):
+            if isinstance(node, ast.Name):
+                yield node.id
 
 
 def public_names(module):

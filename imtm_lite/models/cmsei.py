@@ -190,7 +190,7 @@ class CMSEI(Matcher):
         self.regions = RegionEncoder(region_width=region_width, width=width)
         self.words = text_encoder(text=text, words=words, width=width, word_width=word_width)
         self.config['text'] = self.words.architecture
-        self.needs = ('boxes',) * (spatial != 'none') + ('triples',) * semantic
+        self.needs = self.needed(spatial=spatial, semantic=semantic)
         graphs = relation_graphs(
             spatial=spatial,
             semantic=semantic,
@@ -209,6 +209,11 @@ class CMSEI(Matcher):
         )
         listeners = [name for name, on in hears.items() if refine and on]
         self.gate = nn.ModuleDict({name: CosineGate() for name in listeners})
+
+    @classmethod
+    def needed(cls, *, spatial: str = 'labels', semantic: bool = True, **others) -> tuple[str, ...]:
+        "What a matcher of these arguments needs, said without building it."
+        return ('boxes',) * (spatial != 'none') + ('triples',) * semantic
 
     def check_choice(self, name: str, choice: tuple[str, ...]) -> None:
         if self.config[name] not in choice:

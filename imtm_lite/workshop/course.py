@@ -52,7 +52,7 @@ from rich.table import Table
 from rich.text import Text
 
 import imtm_lite
-from ..files import DataError, SettingError, said_as, write_json
+from ..files import DataError, SettingError, said_as, whole_folder, write_json
 
 # %% ../../nbs/workshop/06_course.ipynb #course-08
 NO_NBFORMAT = '; notebooks are read by nbformat: pip install nbformat'
@@ -716,14 +716,12 @@ Points = Annotated[
 
 def write_folder(folder: Path, chosen: list[Assignment], nbs: Path, *, blank: bool) -> None:
     "Assignments in a folder that is complete or not there."
-    partly = folder.with_name(folder.name + '.partial')
-    shutil.rmtree(partly, ignore_errors=True)
-    for a in chosen:
-        home = partly / a.folder
-        home.mkdir(parents=True)
-        furnish(home, a, nbs)
-        write_json(home / f'{a.folder}.ipynb', notebook(a, blank=blank))
-    partly.rename(folder)
+    with whole_folder(folder) as partial:
+        for a in chosen:
+            home = partial / a.folder
+            home.mkdir(parents=True)
+            furnish(home, a, nbs)
+            write_json(home / f'{a.folder}.ipynb', notebook(a, blank=blank))
 
 
 @course_app.command('build')

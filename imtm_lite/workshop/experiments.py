@@ -10,11 +10,11 @@ __all__ = ['FOLDS', 'FOLD_DEV', 'DATA', 'RELATION_WORDINGS', 'RATES', 'CANDIDATE
            'CAMP_FLICKR8K', 'ON_FLICKR8K', 'ON_A_WORLD', 'NO_PHRASES', 'SSAMT_DATA', 'SSAMT_SCORES', 'SSAMT_ABLATION',
            'NO_GRAPHS', 'COMBINED', 'CMSEI_ABLATION', 'HIRE_TOLERANCE', 'FOLD_BUDGET', 'SYMBOLIC', 'FIRST_LOOK',
            'SPAN_COLUMNS', 'LABEL_COLUMNS', 'PHRASES', 'AGREEMENT', 'ALL', 'EXPERIMENTS', 'FIELDS', 'Trial',
-           'Experiment', 'stages_of', 'stage_of', 'check_known', 'run_fingerprint', 'locked', 'is_held', 'whole_folder',
-           'Place', 'world_of', 'from_world', 'from_next_world', 'from_user', 'read_graphs', 'numbers_of',
-           'graph_arrays', 'write_fold_split', 'numbered_triples', 'write_lines', 'from_graphs', 'write_fold',
-           'write_view', 'link_files', 'write_rows', 'write_features', 'drawn_share', 'even_share', 'training_view',
-           'rows_of_view', 'relation_wordings', 'relation', 'probe_kinds', 'probe_counts', 'percents', 'measure_recall',
+           'Experiment', 'stages_of', 'stage_of', 'check_known', 'run_fingerprint', 'locked', 'is_held', 'Place',
+           'world_of', 'from_world', 'from_next_world', 'from_user', 'read_graphs', 'numbers_of', 'graph_arrays',
+           'write_fold_split', 'numbered_triples', 'write_lines', 'from_graphs', 'write_fold', 'write_view',
+           'link_files', 'write_rows', 'write_features', 'drawn_share', 'even_share', 'training_view', 'rows_of_view',
+           'relation_wordings', 'relation', 'probe_kinds', 'probe_counts', 'percents', 'measure_recall',
            'measure_probes', 'measure_grounding', 'measure_size', 'corrupted', 'measure_tolerance', 'measure_scales',
            'measure_blame', 'mean_vectors', 'measure_first_look', 'percent', 'parser_of', 'marked_captions',
            'entity_spans', 'people_spans', 'measure_spans', 'in_common', 'units_of', 'equal_only', 'measure_labels',
@@ -53,7 +53,7 @@ from ..data import FILES, Split, need, path_of
 from ..encoders import Codes, masked_mean
 from ..explain import blame_accuracy
 from ..explore import FirstLook, candidate_recall, gallery_codes, ground
-from ..files import DataError, Mendable, SettingError, said_as, write_json
+from ..files import DataError, Mendable, SettingError, said_as, whole_folder, write_json
 from ..gallery import probe_answers, score_split
 from ..models.ssamt import SSAMT, scale_accuracy
 from imtm_lite.phrases import (
@@ -189,14 +189,7 @@ def is_held(path: Path) -> bool:
     return False
 
 # %% ../../nbs/workshop/08_experiments.ipynb #experiments-10-c
-@contextmanager
-def whole_folder(path: Path):
-    "Make a folder under another name, then rename it."
-    partial = path.with_name(f'{path.name}.partial')
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    partial.rename(path)
+#| export
 
 # %% ../../nbs/workshop/08_experiments.ipynb #experiments-11
 @dataclass(frozen=True)

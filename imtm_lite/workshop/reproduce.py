@@ -12,7 +12,6 @@ __all__ = ['SPLIT_SIZES', 'REGIONS', 'DRY', 'DRY_STAGES', 'differences', 'split_
 import hashlib
 import json
 import platform
-import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,7 +24,7 @@ from torch import Tensor
 from .. import __version__
 from ..checkpoints import check_fits, load
 from ..data import REQUIRED, Split, need, path_of
-from ..files import SettingError, write_json
+from ..files import SettingError, whole_folder, write_json
 from ..gallery import split_scores
 from ..recall import PROTOCOLS, Protocol, evaluate
 from ..recipes import recipe, train_recipe
@@ -154,17 +153,18 @@ DRY = dict(train=12, dev=5, test=10)  # pictures; five folds of two
 def dry_data(row: PaperRow, folder: Path) -> Path:
     "A generated data set with the files of a row and no others; made once."
     root = folder / f'{row.model}-{row.data}-data'
-    partial = folder / f'{row.model}-{row.data}.partial'
     if root.is_dir():
         return root
-    shutil.rmtree(partial, ignore_errors=True)
     regions, width = REGIONS
     how = dict(regions=regions, width=width, pictures=False, progress=False)
-    write_world(partial, **DRY, seed=0, **how)
-    rename_split(partial, 'test', row.split)
-    for path in set(partial.iterdir()) - paths_of(row, partial):
-        path.unlink()
-    partial.rename(root)
+    with whole_folder(root) as partial:
+        write_world(partial / 'world', **DRY, seed=0, **how)
+        for path in (partial / 'world').iterdir():
+            path.rename(partial / path.name)
+        (partial / 'world').rmdir()
+        rename_split(partial, 'test', row.split)
+        for path in set(partial.iterdir()) - paths_of(row, partial):
+            path.unlink()
     return root
 
 

@@ -10,7 +10,6 @@ __all__ = ['FIRST_SCENE', 'SCENES_PER_SEED', 'TOGETHER', 'the_detector', 'SHAPES
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 import imtm_lite
 from ..data import in_order, path_of
-from ..files import DataError, SettingError, make_room, npy_header, write_json
+from ..files import DataError, SettingError, make_room, npy_header, whole_folder, write_json
 from .detector import load_detector
 from imtm_lite.world.scenes import (
     CATEGORIES,
@@ -294,18 +293,6 @@ def _write_names(folder: Path) -> None:
         path_of(folder, '', key).write_text('\n'.join(names) + '\n', encoding='utf-8')
 
 
-@contextmanager
-def _whole_folder(root: Path) -> Iterator[Path]:  # where to write
-    "A folder that gets its name when it is complete, and is gone if that does not happen."
-    partial_folder = root.with_name(f'{root.name}.{os.getpid()}.partial')
-    try:
-        partial_folder.mkdir(parents=True)
-        yield partial_folder
-        partial_folder.rename(root)
-    finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
-
-
 def write_world(
     root: str | Path,  # a folder that does not exist yet
     *,
@@ -337,7 +324,7 @@ def write_world(
     made_by = f'imtm_lite {imtm_lite.__version__}'
     label = f'world {root.name}'
     with (
-        _whole_folder(root) as folder,
+        whole_folder(root) as folder,
         tqdm(total=images, desc=label, unit='picture', disable=not progress) as bar,
     ):
         if pictures:
