@@ -1,11 +1,11 @@
 """Speed and memory side by side in one interleaved run: `make bench`, or
 `python -m benchmarks.bench [--quick] [--width 1024] [--rounds 5] [--out FILE]`.
 
-Every figure is a median over rounds in which all forms take turns, so that what else the machine does
-hits all alike. Times say little beyond this machine: read the ratios to the plain form, and the shares of
-the matmul peak measured in the same rounds. Forms that are dear are timed on few pairs, as many as a try
-says. Beside them stand the multiply-adds of a pair, as counted, and those that no exact form can do
-without: see `least`. Figures go to benchmarks/results.json.
+Every figure is a median over rounds in which all forms take turns, so that what else the machine
+does hits all alike. Times say little beyond this machine: read the ratios to the plain form, and
+the shares of the matmul peak measured in the same rounds. Forms that are dear are timed on few
+pairs, as many as a try says. Beside them stand the multiply-adds of a pair, as counted, and those
+that no exact form can do without: see `least`. Figures go to benchmarks/results.json.
 """
 
 import argparse
@@ -16,13 +16,12 @@ import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,19 +32,18 @@ from imtm_lite.data import Batch, Split, batch_plan, batches
 from imtm_lite.encoders import Codes, Matcher
 from imtm_lite.files import write_json
 from imtm_lite.losses import HardestBCE, Triplet
-from imtm_lite.models.ssamt import PhraseTask, SSAMTIntra
+from imtm_lite.models.ssamt import PhraseTask
 from imtm_lite.phrases import Entity, PhraseLabels, TextGraph
 from imtm_lite.recall import evaluate
 from imtm_lite.regions import Regions
 from imtm_lite.scoring import PeakBytes, pair_bytes, score, tile_shape
 from imtm_lite.tasks import Task
 from imtm_lite.text import Captions, Vocab
-from imtm_lite.workshop.printing import commit
+from imtm_lite.workshop.printing import commit, print_table
 
 REGIONS = 36
 WORDS = 200
 PREDICATES = 20
-CLASSES = {'ssamt-intra': SSAMTIntra} | MODELS
 TRAINED = [
     *(name for name in PLAIN if name != 'ssamt'),
     'camp stage 1',
@@ -56,7 +54,6 @@ SECONDS = 1.0  # that one timing should take
 AT_LEAST = 200  # pairs of a timing, whatever they cost
 ALIGNED = 64  # pairs that `pairs` is asked for
 AT_ONCE = 32  # pictures that a plain form is given, with two captions at least
-say = Console()
 
 
 # What is measured: matchers, and data of the papers' shape
@@ -65,31 +62,39 @@ say = Console()
 def items(
     n_images: int, n_captions: int, seed: int = 0, region_width: int = 64
 ) -> tuple[Regions, Captions]:
-    "Random pictures of 36 regions; captions of 10 to 20 tokens, 14 on average as on Flickr30K; 3 phrases."
-    g = torch.Generator().manual_seed(seed)
+    "Random pictures of 36 regions, random captions of the length that Flickr30K has."
+    generator = torch.Generator().manual_seed(seed)
+    regions = pictures(n_images, region_width, generator)
+    return regions, sentences(n_captions, generator)
+
+
+def pictures(n: int, region_width: int, generator: torch.Generator) -> Regions:
+    "36 regions with boxes, and 25 triples."
     # (B, R, low/high, x/y)
-    corners = torch.rand(n_images, REGIONS, 2, 2, generator=g).sort(2).values
-    ends = [
-        torch.randint(0, n, (n_images, 25), generator=g) for n in (REGIONS, PREDICATES, REGIONS)
-    ]
-    regions = Regions(
-        features=torch.rand(n_images, REGIONS, region_width, generator=g),
+    corners = torch.rand(n, REGIONS, 2, 2, generator=generator).sort(2).values
+    kinds = (REGIONS, PREDICATES, REGIONS)
+    ends = [torch.randint(0, count, (n, 25), generator=generator) for count in kinds]
+    return Regions(
+        features=torch.rand(n, REGIONS, region_width, generator=generator),
         boxes=corners.flatten(2),
-        sizes=torch.full((n_images, 2), 500.0),
+        sizes=torch.full((n, 2), 500.0),
         triples=torch.stack(ends, -1),
-        confidence=torch.rand(n_images, 25, generator=g),
+        confidence=torch.rand(n, 25, generator=generator),
     )
-    lengths = (
-        (10 + torch.poisson(torch.full((n_captions,), 4.0), generator=g))
-        .clamp(max=20)
-        .long()
-        .tolist()
-    )
-    captions = Captions.from_ids(
-        [torch.randint(4, WORDS, (n,), generator=g).tolist() for n in lengths]
-    )
-    phrases = [[(0, span(n, 0, 3)), (0, span(n, 5, 8)), (1, span(n, 0, 8))] for n in lengths]
-    return regions, captions.with_units(phrases)
+
+
+def sentences(n: int, generator: torch.Generator) -> Captions:
+    "10 to 20 tokens, 14 on average; 3 phrases."
+    beyond_ten = torch.poisson(torch.full((n,), 4.0), generator=generator)
+    lengths = (10 + beyond_ten).clamp(max=20).long().tolist()
+    ids = [torch.randint(4, WORDS, (length,), generator=generator).tolist() for length in lengths]
+    captions = Captions.from_ids(ids)
+    return captions.with_units([phrases_of(length) for length in lengths])
+
+
+def phrases_of(length: int) -> list[tuple[int, list[int]]]:  # kind, tokens
+    "Two objects and what holds between them."
+    return [(0, span(length, 0, 3)), (0, span(length, 5, 8)), (1, span(length, 0, 8))]
 
 
 def span(length: int, start: int, end: int) -> list[int]:  # of a caption with <start> and <end>
@@ -106,12 +111,13 @@ def build(name: str, width: int, region_width: int = 64) -> Matcher:
     )
     if model.startswith('ssamt'):
         facts |= dict(heads=max(2, width // 64), feedforward=2 * width)  # 16 and 2048, at 1024
-    known = inspect.signature(CLASSES[model]).parameters
-    matcher = CLASSES[model](**{k: v for k, v in facts.items() if k in known}, **arguments)
-    for p in matcher.parameters():
+    known = inspect.signature(MODELS[model]).parameters
+    facts = {name: value for name, value in facts.items() if name in known}
+    matcher = MODELS[model](**facts, **arguments)
+    for parameter in matcher.parameters():
         # layers that begin as zeros
-        if p.ndim == 2 and not p.any():
-            nn.init.xavier_uniform_(p.data)
+        if parameter.ndim == 2 and not parameter.any():
+            nn.init.xavier_uniform_(parameter.data)
     return matcher.eval()
 
 
@@ -136,8 +142,9 @@ def training_task(
 
 def graph(c: int) -> TextGraph:
     "Three phrases of one word each; a wrong picture may have one of them and lack another."
-    heads = [f'thing{(c + p) % 7}' for p in range(3)]
-    return TextGraph(tuple(heads), tuple(Entity(p, p + 1, head) for p, head in enumerate(heads)))
+    heads = tuple(f'thing{(c + phrase) % 7}' for phrase in range(3))
+    entities = [Entity(place, place + 1, head) for place, head in enumerate(heads)]
+    return TextGraph(heads, tuple(entities))
 
 
 def training_batch(size: int, region_width: int = 64) -> Batch:
@@ -150,9 +157,9 @@ def training_batch(size: int, region_width: int = 64) -> Batch:
 # How it is measured: seconds, multiply-adds, bytes
 
 
-def clock(f) -> float:  # seconds
+def clock(action: Callable) -> float:  # seconds
     began = time.perf_counter()
-    f()
+    action()
     return time.perf_counter() - began
 
 
@@ -176,10 +183,10 @@ def seen_through():
 
 
 @torch.no_grad()
-def madds(f) -> float:
-    "Multiply-adds of all matrix products; sums of products written element by element are not seen."
+def madds(action: Callable) -> float:
+    "Multiply-adds of all matrix products; what is written element by element is not seen."
     with seen_through(), FlopCounterMode(display=False) as counter:
-        f()
+        action()
     return counter.get_total_flops() / 2
 
 
@@ -190,23 +197,27 @@ def scored_madds(matcher: Matcher, images: Codes, captions: Codes) -> float:  # 
     return (all_of_it - tried) / (len(images) * len(captions))
 
 
-def peak_bytes(f) -> int:
+def peak_bytes(action: Callable) -> int:
     "Bytes alive at once beyond what was there before."
     with seen_through(), PeakBytes() as counter:
-        f()
+        action()
     return counter.peak
 
 
 def least(name: str, D: int, R: int, T: int, P: int) -> int:
-    """Multiply-adds of a pair that no exact form can do without; `R` regions, `T` words, `P` phrases.
+    """Multiply-adds of a pair that no exact form can do without.
 
-    What belongs to one item alone is done once an item and not counted, nor are products without the width.
-    All but vse compare regions with words, R T D. CAMP compares once more for its messages (released: twice,
-    each side has queries and keys of its own), scalar gates once for themselves, and 2 R T D form what stands
-    before the ReLU. With an element-wise gate the layer stands behind the gate, in the release the pooling's
-    hidden layer behind the ReLU: either goes through every position of every pair, (R + T) D D. SSAMT sends
-    n = 2 + P + T + R nodes through two layers of 8 n D D (hidden layer 2 D) and attention; only the first
-    queries, keys and values, 3 n D D, and the first products inside an item belong to the items.
+    `R` regions, `T` words, `P` phrases. What belongs to one item alone is done once an item and
+    not counted, nor are products without the width. All but vse compare regions with words, R T D.
+
+    CAMP compares once more for its messages (released: twice, each side has queries and keys of
+    its own), scalar gates once for themselves, and 2 R T D form what stands before the ReLU. With
+    an element-wise gate the layer stands behind the gate, in the release the pooling's hidden
+    layer behind the ReLU: either goes through every position of every pair, (R + T) D D.
+
+    SSAMT sends n = 2 + P + T + R nodes through two layers of 8 n D D (hidden layer 2 D) and
+    attention; only the first queries, keys and values, 3 n D D, and the first products inside an
+    item belong to the items.
     """
     compare = R * T * D
     every = (R + T) * D
@@ -304,7 +315,7 @@ def affordable(images: Codes, captions: Codes, pairs: float) -> tuple[Codes, Cod
 
 
 def fast_form(name: str, matcher: Matcher, images: Codes, captions: Codes) -> Timed:
-    "The library's `score`; of a part of the set, without the 20 pairs that it tries to find its tiles."
+    "The library's `score`; of a part of the set, without the pairs by which it finds its tiles."
     few = images[:8], spread(captions, 8)
     cost = clock(lambda: matcher.match(*few)) / (len(few[0]) * len(few[1]))  # seconds a pair
     v, t = affordable(images, captions, max(AT_LEAST, SECONDS / cost))
@@ -317,14 +328,14 @@ def fast_form(name: str, matcher: Matcher, images: Codes, captions: Codes) -> Ti
 
     is_part = len(v) * len(t) < len(images) * len(captions)
     return Timed(
-        name,
-        'fast',
-        run,
-        len(v) * len(t),
-        scored_madds(matcher, v, t),
-        least_of(name, v, t),
-        peak_bytes(run),
-        tries if is_part else None,
+        model=name,
+        form='fast',
+        run=run,
+        pairs=len(v) * len(t),
+        madds=scored_madds(matcher, v, t),
+        least=least_of(name, v, t),
+        memory=peak_bytes(run),
+        tries=tries if is_part else None,
     )
 
 
@@ -340,7 +351,13 @@ def pairs_form(name: str, matcher: Matcher, images: Codes, captions: Codes) -> T
         return matcher.pairs(v, t)
 
     return Timed(
-        name, 'pairs', run, len(v), madds(run) / len(v), least_of(name, v, t), peak_bytes(run)
+        model=name,
+        form='pairs',
+        run=run,
+        pairs=len(v),
+        madds=madds(run) / len(v),
+        least=least_of(name, v, t),
+        memory=peak_bytes(run),
     )
 
 
@@ -356,7 +373,13 @@ def plain_form(name: str, matcher: Matcher, images: Codes, captions: Codes) -> T
 
     pairs = len(v) * len(t)
     return Timed(
-        name, 'plain', run, pairs, madds(run) / pairs, least_of(name, v, t), peak_bytes(run)
+        model=name,
+        form='plain',
+        run=run,
+        pairs=pairs,
+        madds=madds(run) / pairs,
+        least=least_of(name, v, t),
+        memory=peak_bytes(run),
     )
 
 
@@ -372,93 +395,82 @@ def forms_of(name: str, width: int, regions: Regions, captions: Captions) -> lis
 
 
 @torch.no_grad()
-def scoring(shapes, width: int, rounds: int) -> list[dict]:
-    "Pairs a second of every model and its plain form; what CMSEI and Hire cost beside SCAN both ways."
-    rows = []
-    for shape in shapes:
-        regions, captions = items(*shape)
-        forms = []
-        for name in PLAIN:
-            forms += forms_of(name, width, regions, captions)
-        for _ in range(rounds):
-            peak = peak_flops()
-            for one in forms:
-                one.turn(peak)
-        plain = {one.model: one for one in forms if one.form == 'plain'}
-        rows += [one.row(shape, plain[one.model]) for one in forms]
-        rows += beside_scan({one.model: one for one in forms if one.form == 'fast'}, shape)
-    return rows
+def scoring(shape: tuple[int, int], width: int, rounds: int) -> list[dict]:
+    "Pairs a second of every model and its plain form."
+    regions, captions = items(*shape)
+    forms = []
+    for name in PLAIN:
+        forms += forms_of(name, width, regions, captions)
+    for _ in range(rounds):
+        peak = peak_flops()
+        for one in forms:
+            one.turn(peak)
+    plain = {one.model: one for one in forms if one.form == 'plain'}
+    fast = {one.model: one for one in forms if one.form == 'fast'}
+    return [one.row(shape, plain[one.model]) for one in forms] + beside_scan(fast, shape)
 
 
-def beside_scan(forms: dict[str, Timed], shape) -> list[dict]:
-    "How many times as long as SCAN both ways a refined pair takes: the median of the rounds' ratios."
+def beside_scan(forms: dict[str, Timed], shape: tuple[int, int]) -> list[dict]:
+    "How many times as long as SCAN both ways a refined pair takes: median of the rounds' ratios."
     base = forms['scan both']
     rows = []
     for name in ('cmsei', 'hire'):
         one = forms[name]
-        ratios = [s / one.pairs / (b / base.pairs) for s, b in zip(one.seconds, base.seconds)]
-        rows.append(
-            dict(
-                what='cost',
-                model=name,
-                form='beside scan both',
-                shape=list(shape),
-                times=round(statistics.median(ratios), 2),
-                at_most=3,
-            )
-        )
+        rounds = zip(one.seconds, base.seconds)
+        ratios = [mine / one.pairs / (its / base.pairs) for mine, its in rounds]
+        row = dict(what='cost', model=name, form='beside scan both', shape=list(shape))
+        rows.append(row | dict(times=round(statistics.median(ratios), 2), at_most=3))
     return rows
 
 
 # Training, ranks, loader
 
 
+def timed_in_turns(forms: dict[str, Callable], rounds: int) -> dict[str, float]:
+    "Median seconds of each form."
+    seconds = {name: [] for name in forms}
+    for _ in range(rounds):
+        for name, action in forms.items():
+            seconds[name].append(clock(action))
+    return {name: statistics.median(of_form) for name, of_form in seconds.items()}
+
+
 def training(width: int, rounds: int, size: int) -> list[dict]:
     "Pairs a second of a training step (forward, backward) of every model."
     batch = training_batch(size)
-    steps = {}
-    for name in TRAINED:
-        task = training_task(name, width, size)
-        steps[name] = lambda task=task: task(batch)['total'].backward()
-    found = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            found[name].append(clock(step))
+
+    def step(task: Task):
+        task(batch)['total'].backward()
+
+    steps = {name: partial(step, training_task(name, width, size)) for name in TRAINED}
+    seconds = timed_in_turns(steps, rounds)
     rows = []
-    for name, step in steps.items():
+    for name, action in steps.items():
         with PeakBytes() as counter:
-            step()
-        rows.append(
-            dict(
-                what='training step',
-                model=name,
-                form='fast',
-                shape=[size, size],
-                per_s=round(size / statistics.median(found[name]), 1),
-                peak_mb=round(counter.peak / 2**20, 1),
-            )
-        )
+            action()
+        row = dict(what='training step', model=name, form='fast', shape=[size, size])
+        row['per_s'] = round(size / seconds[name], 1)
+        row['peak_mb'] = round(counter.peak / 2**20, 1)
+        rows.append(row)
     return rows
 
 
-def compared(what: str, shape, n: int, forms: dict[str, Callable], rounds: int) -> list[dict]:
+def compared(
+    what: str,
+    shape: tuple[int, ...],
+    n: int,  # items that a form goes through
+    forms: dict[str, Callable],  # 'fast', 'plain'
+    rounds: int,
+) -> list[dict]:
     "Items a second of a fast and a plain form that take turns."
-    found = {kind: [] for kind in forms}
-    for _ in range(rounds):
-        for kind, f in forms.items():
-            found[kind].append(clock(f))
-    speed = {kind: n / statistics.median(seconds) for kind, seconds in found.items()}
-    return [
-        dict(
-            what=what,
-            model='',
-            form=kind,
-            shape=list(shape),
-            per_s=round(s, 1),
-            ratio_to_plain=round(s / speed['plain'], 2),
-        )
-        for kind, s in speed.items()
-    ]
+    seconds = timed_in_turns(forms, rounds)
+    rows = []
+    for name in forms:
+        row = dict(what=what, model='', form=name, shape=list(shape))
+        row['per_s'] = round(n / seconds[name], 1)
+        row['ratio_to_plain'] = round(seconds['plain'] / seconds[name], 2)
+        rows.append(row)
+    return rows
 
 
 def ranks(shape, rounds: int) -> list[dict]:
@@ -477,7 +489,7 @@ def ranks(shape, rounds: int) -> list[dict]:
 
 
 class PlainLoader:
-    "One pair at a time, as released loaders read it: the image's row, the words looked up; stacked, padded."
+    "One pair at a time, as released loaders read it, then stacked and padded."
 
     def __init__(self, split: Split, vocab: Vocab):
         self.split = split
@@ -485,12 +497,12 @@ class PlainLoader:
 
     def __getitem__(self, c: int) -> tuple[Tensor, Tensor]:  # (R, region width), (T,)
         features = self.split.features[self.split.caption_image[c]]
-        return torch.tensor(features).float(), torch.tensor(
-            self.vocab.encode(self.split.captions[c])
-        )
+        ids = self.vocab.encode(self.split.captions[c])
+        return torch.tensor(features).float(), torch.tensor(ids)
 
     def batch(self, rows):
-        pairs = sorted((self[c] for c in rows), key=lambda pair: len(pair[1]), reverse=True)
+        pairs = [self[c] for c in rows]
+        pairs.sort(key=lambda pair: len(pair[1]), reverse=True)
         images, captions = zip(*pairs)
         tokens = torch.zeros(len(captions), len(captions[0]), dtype=torch.long)
         for row, caption in zip(tokens, captions):
@@ -500,16 +512,14 @@ class PlainLoader:
 
 def write_split(root: Path, n: int):
     "A training split of the papers' feature size."
-    np.save(
-        root / 'train_ims.npy',
-        np.random.default_rng(0).random((n, REGIONS, 2048), dtype=np.float32),
-    )
+    features = np.random.default_rng(0).random((n, REGIONS, 2048), dtype=np.float32)
+    np.save(root / 'train_ims.npy', features)
     (root / 'train_ids.txt').write_text(''.join(f'{i}\n' for i in range(n)))
     (root / 'train_caps.txt').write_text('a dog runs after a red ball on the grass\n' * 5 * n)
 
 
 def loader(n: int, rounds: int, workers: int = 2) -> list[dict]:
-    "Samples a second from memory-mapped features (36 x 2048, float32), read by threads, or one by one; warm."
+    "Samples a second from memory-mapped features, read by threads, or one by one; warm."
     with tempfile.TemporaryDirectory() as folder:
         write_split(Path(folder), n)
         split = Split(Path(folder), 'train')
@@ -535,81 +545,73 @@ def loader(n: int, rounds: int, workers: int = 2) -> list[dict]:
 # The table
 
 
+HEADS = ('', 'model', 'form', 'shape', 'a second', 'to plain', 'of peak', 'MB', 'M madds', 'least')
+
+
 def million(x: float | None) -> str:
     return '' if x is None else f'{x / 1e6:,.2f}'
 
 
+def shape_of(row: dict) -> str:
+    return ' x '.join(map(str, row['shape']))
+
+
+def cells_of(row: dict) -> list[str]:
+    "A row as the table shows it."
+    about = [row['what'], row['model'], row['form'], shape_of(row), f'{row["per_s"]:,.0f}']
+    measured = [str(row.get(name, '')) for name in ('ratio_to_plain', 'peak_share', 'peak_mb')]
+    counted = [million(row.get(name)) for name in ('madds_a_pair', 'least_a_pair')]
+    return about + measured + counted
+
+
 def show(rows: list[dict], title: str):
-    table = Table(title=title, title_justify='left')
-    columns = (
-        '',
-        'model',
-        'form',
-        'shape',
-        'a second',
-        'to plain',
-        'of peak',
-        'MB',
-        'M madds',
-        'the least',
-    )
-    for column in columns:
-        table.add_column(column, justify='right')
-    for r in rows:
-        if r['what'] == 'cost':
-            continue
-        measured = [str(r.get(k, '')) for k in ('ratio_to_plain', 'peak_share', 'peak_mb')]
-        counted = [million(r.get(k)) for k in ('madds_a_pair', 'least_a_pair')]
-        shape = ' x '.join(map(str, r['shape']))
-        table.add_row(
-            r['what'], r['model'], r['form'], shape, f"{r['per_s']:,.0f}", *measured, *counted
-        )
-    say.print(table)
-    say.print(
-        'M madds: million multiply-adds of a pair, as counted; the least: what no exact form avoids'
-    )
-    for r in rows:
-        if r['what'] == 'cost':
-            shape = ' x '.join(map(str, r['shape']))
-            say.print(
-                f"{shape}: {r['model']} costs {r['times']} times scan both (aim: {r['at_most']})"
-            )
+    print_table(title, HEADS, [cells_of(row) for row in rows if row['what'] != 'cost'])
+    print('M madds: million multiply-adds of a pair, as counted; least: what no exact form avoids')
+    for row in rows:
+        if row['what'] == 'cost':
+            costs = f'{row["model"]} costs {row["times"]} times scan both (aim: {row["at_most"]})'
+            print(f'{shape_of(row)}: {costs}')
 
 
-def main():
+SIZES = dict(shapes=[(64, 320), (200, 1000)], batch=16, ranks=(5000, 25_000), loader=1000)
+QUICK_SIZES = dict(shapes=[(8, 20)], batch=8, ranks=(50, 250), loader=20)
+
+
+def measured(width: int, rounds: int, sizes: dict) -> list[dict]:
+    "Every row of the table."
+    rows = []
+    for shape in sizes['shapes']:
+        rows += scoring(shape, width, rounds)
+    rows += training(width, rounds, sizes['batch'])
+    rows += ranks(sizes['ranks'], rounds)
+    return rows + loader(sizes['loader'], rounds)
+
+
+def parsed() -> argparse.Namespace:
     plainly = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plainly)
-    parser.add_argument(
-        '--quick', action='store_true', help='small shapes, one round: does everything run?'
-    )
+    quick = 'small shapes, one round: does everything run?'
+    parser.add_argument('--quick', action='store_true', help=quick)
     parser.add_argument('--width', type=int, default=1024)
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--out', type=Path, default=Path(__file__).parent / 'results.json')
-    a = parser.parse_args()
-    if a.quick:
-        a.width = 32
-        a.rounds = 1
-        sizes = dict(shapes=[(8, 20)], batch=8, ranks=(50, 250), loader=20)
-    else:
-        sizes = dict(shapes=[(64, 320), (200, 1000)], batch=16, ranks=(5000, 25_000), loader=1000)
-    rows = scoring(sizes['shapes'], a.width, a.rounds)
-    rows += training(a.width, a.rounds, sizes['batch'])
-    rows += ranks(sizes['ranks'], a.rounds)
-    rows += loader(sizes['loader'], a.rounds)
-    about = dict(
-        threads=torch.get_num_threads(),
-        width=a.width,
-        torch=torch.__version__,
-        machine=platform.machine(),
-        library=commit(),
+    return parser.parse_args()
+
+
+def main():
+    asked = parsed()
+    width = 32 if asked.quick else asked.width
+    rounds = 1 if asked.quick else asked.rounds
+    about = dict(threads=torch.get_num_threads(), width=width, torch=torch.__version__)
+    about |= dict(machine=platform.machine(), library=commit())
+    rows = measured(width, rounds, QUICK_SIZES if asked.quick else SIZES)
+    rows = [row | about for row in rows]
+    title = (
+        f'width {width}, {about["threads"]} threads, torch {torch.__version__}, '
+        f'{about["machine"]}, imtm_lite {about["library"]}, medians of {rounds} rounds'
     )
-    rows = [r | about for r in rows]
-    show(
-        rows,
-        f'width {a.width}, {about["threads"]} threads, torch {torch.__version__}, {about["machine"]}, '
-        f'imtm_lite {about["library"]}, medians of {a.rounds} rounds',
-    )
-    write_json(a.out, rows)
+    show(rows, title)
+    write_json(asked.out, rows)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"Phrase grounding: right regions against loops, figures against a count by hand, chance and best as bounds."
+"Phrase grounding: right regions beside loops, figures beside a count by hand, their bounds."
 
 import copy
 
@@ -21,113 +21,136 @@ def sample():
 
 
 def matcher_of(sample, kind, **arguments):
+    "A matcher whose parameters have all moved, and its words."
     torch.manual_seed(0)
     vocab = Vocab.build(sample.captions, 1)
-    sizes = dict(heads=4, feedforward=24) if kind is SSAMT else dict(word_width=8)
-    matcher = kind(
-        region_width=sample.features.shape[2], words=len(vocab), width=16, **sizes, **arguments
-    ).eval()
-    for p in matcher.parameters():
-        p.data += 0.05 * torch.randn_like(p)
+    facts = dict(region_width=sample.features.shape[2], words=len(vocab), width=16)
+    facts |= dict(heads=4, feedforward=24) if kind is SSAMT else dict(word_width=8)
+    matcher = kind(**facts, **arguments).eval()
+    for parameter in matcher.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
     return matcher, vocab
 
 
-# x0 y0 x1 y1
-def boxes_of(n, g):
-    return torch.rand(n, 2, 2, generator=g).sort(1).values.flatten(1) * 100
+# ---------------------------------------------------------------- right regions
 
 
-def test_right_regions_against_loops():
-    for seed in range(40):
-        g = torch.Generator().manual_seed(seed)
-        boxes = boxes_of(9, g)
-        gold = boxes_of(1 + seed % 3, g)
-        pointing, overlap = right_regions(boxes, gold)
-        around = [float(f(gold[:, k])) for f, k in ((min, 0), (min, 1), (max, 2), (max, 3))]
-        for (x0, y0, x1, y1), p, o in zip(boxes.tolist(), pointing.tolist(), overlap.tolist()):
-            x = (x0 + x1) / 2
-            y = (y0 + y1) / 2
-            assert p == any(a <= x <= c and b <= y <= d for a, b, c, d in gold.tolist())
-            w = min(x1, around[2]) - max(x0, around[0])
-            h = min(y1, around[3]) - max(y0, around[1])
-            shared = max(0, w) * max(0, h)
-            assert o == (
-                shared
-                >= 0.5
-                * (
-                    (x1 - x0) * (y1 - y0)
-                    + (around[2] - around[0]) * (around[3] - around[1])
-                    - shared
-                )
-            )
+def boxes_of(n, generator):  # (n, 4): x0 y0 x1 y1
+    return torch.rand(n, 2, 2, generator=generator).sort(1).values.flatten(1) * 100
 
 
-@pytest.mark.parametrize('kind', [SCAN, SSAMT])
-def test_figures_are_a_count_by_hand(sample, kind):
-    matcher, plain = matcher_of(sample, kind)
-    parser = GoldParser(sample)
-    vocab = Reader(plain, parser)
-    found = []
+def centre_inside(box, gold):
+    "Whether the centre of a box lies in one of several."
+    x = (box[0] + box[2]) / 2
+    y = (box[1] + box[3]) / 2
+    return any(x0 <= x <= x1 and y0 <= y <= y1 for x0, y0, x1, y1 in gold)
+
+
+def around(boxes):
+    "The box around several."
+    x0, y0, x1, y1 = zip(*boxes)
+    return min(x0), min(y0), max(x1), max(y1)
+
+
+def area(box):
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def overlap_enough(box, gold):
+    "Whether a box and another share half of what they cover together."
+    width = min(box[2], gold[2]) - max(box[0], gold[0])
+    height = min(box[3], gold[3]) - max(box[1], gold[1])
+    shared = max(0, width) * max(0, height)
+    return shared >= 0.5 * (area(box) + area(gold) - shared)
+
+
+@pytest.mark.parametrize('seed', range(40))
+def test_right_regions_against_loops(seed):
+    generator = torch.Generator().manual_seed(seed)
+    boxes = boxes_of(9, generator)
+    gold = boxes_of(1 + seed % 3, generator)
+    pointing, overlap = right_regions(boxes, gold)
+    boxes = boxes.tolist()
+    gold = gold.tolist()
+    assert pointing.tolist() == [centre_inside(box, gold) for box in boxes]
+    assert overlap.tolist() == [overlap_enough(box, around(gold)) for box in boxes]
+
+
+# ---------------------------------------------------------------- figures
+
+
+@torch.no_grad()
+def looked_plain(matcher, captions, regions, own_nodes):
+    "Where each phrase of one caption looks: its node, or the mean of its words."
+    v = matcher.encode_images(regions)
+    t = matcher.encode_captions(captions)
+    if own_nodes:
+        return matcher.phrase_attention(v, t, captions.units)[0, 0]  # (P, R)
+    words = matcher.attention(v, t)[0, 0]  # (T, R)
+    return [words[unit].mean(0) if unit.any() else None for unit in captions.units[0]]
+
+
+def answers_plain(matcher, sample, reader, row, own_nodes):
+    "Kind of each phrase of a picture that has boxes, and whether its region is right."
+    boxes = sample.boxes[row].tolist()
+    answers = []
+    for c in sample.captions_of(row):
+        caption = sample.captions[c]
+        captions = Captions.from_text([caption], reader)
+        looked = looked_plain(matcher, captions, sample.regions([row]), own_nodes)
+        for entity, weights in zip(reader.parser(caption).entities, looked):
+            gold = sample.phrases[row]['boxes'].get(str(entity.chain))
+            if gold:
+                right = centre_inside(boxes[int(weights.argmax())], gold)
+                answers.append((entity.kind, right))
+    return answers
+
+
+@pytest.mark.parametrize('matcher_kind', [SCAN, SSAMT])
+def test_figures_are_a_count_by_hand(sample, matcher_kind):
+    matcher, words = matcher_of(sample, matcher_kind)
+    reader = Reader(words, GoldParser(sample))
+    by_kind = {'all': []}
     for row in range(sample.n_images):
-        boxes = torch.tensor(sample.boxes[row], dtype=torch.float32)
-        for c in sample.captions_of(row):
-            captions = Captions.from_text([sample.captions[c]], vocab)
-            with torch.no_grad():
-                v = matcher.encode_images(sample.regions([row]))
-                t = matcher.encode_captions(captions)
-                # (T, R)
-                words = matcher.attention(v, t)[0, 0]
-                own = matcher.phrase_attention(v, t, captions.units)[0, 0]
-            for p, e in enumerate(parser(sample.captions[c]).entities):
-                gold = sample.phrases[row]['boxes'].get(str(e.chain))
-                if not gold:
-                    continue
-                at = own[p] if kind is SSAMT else words[captions.units[0, p]].mean(0)
-                x0, y0, x1, y1 = boxes[int(at.argmax())].tolist()
-                found.append(
-                    (
-                        e.kind,
-                        any(
-                            a <= (x0 + x1) / 2 <= c_ and b <= (y0 + y1) / 2 <= d
-                            for a, b, c_, d in gold
-                        ),
-                    )
-                )
-    result = ground(matcher, sample, plain)
-    assert result['all']['phrases'] == len(found) > 100
-    assert result['all']['pointing'] == pytest.approx(
-        100 * sum(r for _, r in found) / len(found), abs=1e-3
-    )
-    for kind_ in {k for k, _ in found}:
-        some = [r for k, r in found if k == kind_]
-        assert result[kind_]['pointing'] == pytest.approx(
-            100 * sum(some) / len(some), abs=1e-3
-        ) and list(result[kind_]) == list(GROUNDING)
-        for q in ('pointing', 'iou'):
-            assert (
-                result[kind_][f'{q} chance'] <= result[kind_][f'{q} best']
-                and result[kind_][q] <= result[kind_][f'{q} best']
-            )
+        for kind, right in answers_plain(matcher, sample, reader, row, matcher_kind is SSAMT):
+            by_kind.setdefault(kind, []).append(right)
+            by_kind['all'].append(right)
+    table = ground(matcher, sample, words)
+    assert table.keys() == by_kind.keys()
+    assert table['all']['phrases'] == len(by_kind['all']) > 100
+    for kind, answers in by_kind.items():
+        percent = 100 * sum(answers) / len(answers)
+        assert table[kind]['pointing'] == pytest.approx(percent, abs=1e-3)
+
+
+def test_chance_and_the_figures_themselves_are_at_most_the_best(sample):
+    matcher, words = matcher_of(sample, SCAN)
+    for figures in ground(matcher, sample, words).values():
+        assert tuple(figures) == GROUNDING
+        for game in ('pointing', 'iou'):
+            assert figures[f'{game} chance'] <= figures[f'{game} best']
+            assert figures[game] <= figures[f'{game} best']
 
 
 def test_the_question_leaves_no_trace(sample):
     matcher, words = matcher_of(sample, SSAMT)
-    vocab = Reader(words, chunk)
-    assert ground(matcher, sample, vocab) == ground(matcher, sample, words)
-    assert vocab.parser is chunk and words.parser is None
+    reader = Reader(words, chunk)
+    assert ground(matcher, sample, reader) == ground(matcher, sample, words)
+    assert reader.parser is chunk
+    assert words.parser is None
 
 
 def test_a_matcher_without_attention_is_refused(sample):
+    matcher, words = matcher_of(sample, VSE)
     with pytest.raises(ValueError, match='no attention of words over regions'):
-        matcher, words = matcher_of(sample, VSE)
         ground(matcher, sample, words)
 
 
 def test_data_without_a_box_for_any_phrase_is_refused(sample):
+    matcher, words = matcher_of(sample, SCAN)
     bare = copy.copy(sample)
-    bare.phrases = [p | {'boxes': {}} for p in sample.phrases]
+    bare.phrases = [phrases | {'boxes': {}} for phrases in sample.phrases]
     with pytest.raises(ValueError, match='train_phrases.jsonl: no phrase of a caption has a box'):
-        matcher, words = matcher_of(sample, SCAN)
         ground(matcher, bare, words)
 
 

@@ -1,8 +1,7 @@
-"Search in two stages: all candidates are the exact search, fewer keep exact scores; what the first look misses is counted right."
+"Search in two stages: all candidates are the exact search, fewer keep exact scores."
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from imtm_lite.attention import SCAN
 from imtm_lite.checkpoints import MODELS
@@ -11,66 +10,52 @@ from imtm_lite.encoders import Codes
 from imtm_lite.explore import FirstLook, candidate_recall, draw_rankings, search, shortlist
 from imtm_lite.scoring import encode, score
 from imtm_lite.text import Captions, Vocab
-from tests.test_matchers import changed, make, ragged
+from tests.matchers import close, codes_of, make, one_by_one, padded, ragged
 
 
 @pytest.fixture(scope='module')
 def gallery(world):
-    "A matcher, a split, codes of its pictures."
+    "A matcher, a split, a vocabulary, codes of the split's pictures."
     torch.manual_seed(0)
     split = Split(world, 'test')
     vocab = Vocab.build(Split(world, 'train').captions, 1)
-    matcher = SCAN(
-        region_width=split.features.shape[2], words=len(vocab), width=16, word_width=8
-    ).eval()
+    facts = dict(region_width=split.features.shape[2], words=len(vocab))
+    matcher = SCAN(width=16, word_width=8, **facts).eval()
     return matcher, split, vocab, encode(matcher.encode_images, image_chunks(split))
 
 
 def first_look_plain(images, captions, b, c):
     "One picture, one sentence, in loops."
     if images.mask is None:
-        return sum(float(a * b) for a, b in zip(images.vector[b], captions.vector[c]))
+        return (images.vector[b] * captions.vector[c]).sum()
     regions = images.x[b][images.mask[b]]
     words = captions.x[c][captions.mask[c]]
-    return sum(max(float((t * v).sum()) for v in regions) for t in words) / len(words)
+    total = 0.0
+    for word in words:
+        total = total + max((word * region).sum() for region in regions)
+    return total / len(words)
 
 
 @pytest.mark.parametrize('name', MODELS)
+@torch.no_grad()
 def test_first_look_of_every_model_against_loops_and_padding(name):
-    matcher, (regions, captions) = make(name, {}, torch.float64), ragged(torch.float64)
-    with torch.no_grad():
-        images = matcher.encode_images(regions)
-        sentences = matcher.encode_captions(captions)
+    matcher = make(name, {}, torch.float64)
+    regions, captions = ragged(torch.float64)
+    images, sentences = codes_of(matcher, regions, captions)
     quick = FirstLook.match(images, sentences)
-    plain = [
-        [first_look_plain(images, sentences, b, c) for c in range(len(sentences))]
-        for b in range(len(images))
-    ]
-    torch.testing.assert_close(quick, torch.tensor(plain, dtype=torch.float64), atol=1e-12, rtol=0)
-    padded = changed(
-        regions,
-        features=F.pad(regions.features, (0, 0, 0, 3)),
-        mask=F.pad(regions.mask, (0, 3)),
-        boxes=F.pad(regions.boxes, (0, 0, 0, 3), value=0.5),
-    )
-    wider = Captions(
-        tokens=F.pad(captions.tokens, (0, 9)),
-        lengths=captions.lengths,
-        units=F.pad(captions.units, (0, 9)),
-        kinds=captions.kinds,
-    )
-    with torch.no_grad():
-        again = FirstLook.match(matcher.encode_images(padded), matcher.encode_captions(wider))
-    torch.testing.assert_close(again, quick, atol=1e-12, rtol=0)
+
+    def plain(b, c):
+        return first_look_plain(images, sentences, b, c)
+
+    close(quick, one_by_one(plain, *quick.shape))
+    close(FirstLook.match(*codes_of(matcher, *padded(regions, captions))), quick)
     for memory in (1, 2000, 2**30):
-        torch.testing.assert_close(
-            score(FirstLook, images, sentences, memory=memory), quick.float(), atol=1e-6, rtol=0
-        )
+        tiled = score(FirstLook, images, sentences, memory=memory)
+        close(tiled, quick.float(), atol=1e-6)
     # its own first look
     if matcher.first_scores:
         quick = matcher.first_scores(images, sentences)
-    # (C, 3)
-    rows = shortlist(matcher, images, sentences, 3)
+    rows = shortlist(matcher, images, sentences, 3)  # (C, 3)
     for c in range(len(sentences)):
         assert rows[c].tolist() == sorted(quick[:, c].topk(3).indices.tolist())
 
@@ -78,25 +63,23 @@ def test_first_look_of_every_model_against_loops_and_padding(name):
 def test_a_picture_without_regions_comes_last():
     mask = torch.tensor([[True, True], [False, False], [True, False]])
     images = Codes(x=torch.randn(3, 2, 4) * mask[..., None], mask=mask)
-    captions = Codes(
-        x=torch.randn(5, 3, 4),
-        mask=torch.tensor(
-            [[True] * 3, [True, True, False], [True, False, False], [True] * 3, [True] * 3]
-        ),
-    )
+    lengths = torch.tensor([3, 2, 1, 3, 3])
+    captions = Codes(x=torch.randn(5, 3, 4), mask=torch.arange(3) < lengths[:, None])
     quick = FirstLook.match(images, captions)
-    assert not quick.isnan().any() and (quick.argmin(0) == 1).all()
+    assert not quick.isnan().any()
+    assert (quick.argmin(0) == 1).all()
 
 
 def test_all_candidates_are_the_exact_search(gallery):
     matcher, split, vocab, images = gallery
+    how = dict(top=7, images=images)
     for sentence in split.captions[:20:4]:
-        exact = search(matcher, split, vocab, sentence, top=7, images=images)
+        exact = search(matcher, split, vocab, sentence, **how)
         for n in (split.n_images, split.n_images + 1, 10**6):
-            assert search(matcher, split, vocab, sentence, top=7, images=images, candidates=n) == exact
-    assert search(matcher, split, vocab, split.captions[0], top=7) == search(
-        matcher, split, vocab, split.captions[0], top=7, images=images
-    )
+            assert search(matcher, split, vocab, sentence, candidates=n, **how) == exact
+    sentence = split.captions[0]
+    encoded_anew = search(matcher, split, vocab, sentence, top=7)
+    assert encoded_anew == search(matcher, split, vocab, sentence, **how)
 
 
 def test_two_stages_keep_scores_and_order_and_only_candidates(gallery):
@@ -104,15 +87,15 @@ def test_two_stages_keep_scores_and_order_and_only_candidates(gallery):
     for sentence in split.captions[:40:4]:
         asked = encode(matcher.encode_captions, [Captions.from_text([sentence], vocab)])
         column = score(matcher, images, asked)[:, 0]
-        allowed = set(shortlist(matcher, images, asked, 6)[0].tolist())
+        allowed = shortlist(matcher, images, asked, 6)[0]
         hits = search(matcher, split, vocab, sentence, top=4, images=images, candidates=6)
-        assert len(hits) == 4 and {h.row for h in hits} <= allowed
-        best = sorted(allowed, key=lambda r: -float(column[r]))[:4]
-        torch.testing.assert_close(
-            torch.tensor([h.score for h in hits]), column[torch.tensor(best)], atol=1e-6, rtol=0
-        )
-        for h in hits:
-            assert abs(h.score - float(column[h.row])) < 1e-6 and h.id == split.ids[h.row]
+        assert len(hits) == 4
+        assert {hit.row for hit in hits} <= set(allowed.tolist())
+        best = column[allowed].sort(descending=True).values[:4]
+        close(torch.tensor([hit.score for hit in hits]), best, atol=1e-6)
+        for hit in hits:
+            assert hit.score == pytest.approx(float(column[hit.row]), abs=1e-6)
+            assert hit.id == split.ids[hit.row]
 
 
 def test_too_few_candidates_are_refused(gallery):
@@ -128,12 +111,10 @@ def test_candidate_recall_by_hand():
     quick = torch.tensor([[0.5, 0.1], [0.1, 0.9], [0.9, 0.8], [0.8, 0.2]])
     # candidates -> percent of each sentence's first two
     wanted = {1: (0, 0), 2: (0, 50), 3: (50, 100), 4: (100, 100), 9: (100, 100)}
-    for n, (a, b) in wanted.items():
-        assert candidate_recall(exact, quick, n, top=2) == (a + b) / 2, n
-    assert (
-        candidate_recall(exact, exact, 2, top=2) == 100
-        and candidate_recall(exact, -exact, 2, top=2) == 0
-    )
+    for n, (first, second) in wanted.items():
+        assert candidate_recall(exact, quick, n, top=2) == (first + second) / 2, n
+    assert candidate_recall(exact, exact, 2, top=2) == 100
+    assert candidate_recall(exact, -exact, 2, top=2) == 0
     # a gallery of fewer than ten: all of it is wanted
     assert candidate_recall(exact, quick, 1) == 25
 
@@ -147,4 +128,4 @@ def test_figure_of_hits_asks_nothing_again(gallery, monkeypatch):
     hits = search(matcher, split, vocab, sentence, top=2, images=images)
     monkeypatch.setattr('imtm_lite.explore.search', None)
     figure = draw_rankings(matcher, split, vocab, {sentence: None}, top=2, hits={sentence: hits})
-    assert [ax.get_xlabel() for ax in figure.axes] == [f'{h.score:.3f}' for h in hits]
+    assert [ax.get_xlabel() for ax in figure.axes] == [f'{hit.score:.3f}' for hit in hits]

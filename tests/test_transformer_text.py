@@ -70,7 +70,8 @@ def test_both_vocabularies_give_tokens_aligned_with_ids():
     v = Vocab.build(SENTENCES, 1)
     for sentence in SENTENCES:
         assert [v[token] for token in v.tokens(sentence)] == v.encode(sentence)[1:-1]
-    assert len(v.tokens('dog ' * 60)) == 47 and v.tokens('a b c', 2) == ['a', 'b']
+    assert len(v.tokens('dog ' * 60)) == 47
+    assert v.tokens('a b c', 2) == ['a', 'b']
     assert vocabulary(v.stored) == v
 
 
@@ -79,7 +80,8 @@ def test_pieces_know_their_words(pieces):
         numbers = pieces.word_of(sentence)
         tokens = pieces.tokens(sentence)
         words = sentence.split()
-        assert len(numbers) == len(tokens) and numbers == sorted(numbers)
+        assert len(numbers) == len(tokens)
+        assert numbers == sorted(numbers)
         assert all(token in words[i] for i, token in zip(numbers, tokens))
 
 
@@ -125,7 +127,8 @@ def folder(tmp_path_factory):
     tokenizer.backend_tokenizer.enable_truncation(6)
     tokenizer.backend_tokenizer.enable_padding(length=6)
     tokenizer.save_pretrained(path)
-    assert (path / 'tokenizer.json').is_file() and (path / 'model.safetensors').is_file()
+    assert (path / 'tokenizer.json').is_file()
+    assert (path / 'model.safetensors').is_file()
     return path
 
 
@@ -163,18 +166,23 @@ def test_tokens_are_the_stretches_of_the_sentence(pieces):
     assert pieces.tokens('A zz dogs  running.') == ['A', 'zz', 'dog', 's', 'run', 'ning', '.']
     for sentence in SENTENCES:
         assert len(pieces.tokens(sentence)) == len(pieces.encode(sentence)) - 2
-    assert unknown_words('a dog zz', pieces) == ['zz'] and 'dogs' in pieces and 'zz' not in pieces
+    assert unknown_words('a dog zz', pieces) == ['zz']
+    assert 'dogs' in pieces
+    assert 'zz' not in pieces
 
 
 def test_special_tokens_that_somebody_types_are_text(pieces):
     ids = pieces.encode('a [SEP] dog [PAD]')
-    assert ids.count(3) == 1 and ids[-1] == 3 and 0 not in ids
+    assert ids.count(3) == 1
+    assert ids[-1] == 3
+    assert 0 not in ids
 
 
 def test_pieces_compare_by_content_and_are_stored_as_text(folder, pieces):
     again = vocabulary(json.loads(json.dumps(pieces.stored)))
     assert again == pieces == Pieces.pretrained(folder)
-    assert hash(again) == hash(pieces) and again.stored == pieces.stored
+    assert hash(again) == hash(pieces)
+    assert again.stored == pieces.stored
     other = json.loads(pieces.stored)
     other['model']['vocab']['cat'] = len(WORDS)
     assert Pieces(json.dumps(other)) != pieces != Vocab(['a'])
@@ -288,17 +296,17 @@ def test_gradients_reach_every_parameter(folder, pieces):
     off = lengths - torch.randn(6, 1).double()
     (off * torch.randn(6, 1)).sum().backward()
     assert words.training
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in words.parameters())
+    assert all(each.grad.isfinite().all() for each in words.parameters())
     words.zero_grad()
     (words(captions) * torch.randn(8)).sum().backward()
-    assert all(p.grad.any() for p in words.parameters())
+    assert all(each.grad.any() for each in words.parameters())
 
 
 def test_weights_come_in_single_precision_and_from_safetensors_alone(folder, tmp_path):
     half = tmp_path / 'half'
     transformers.AutoModel.from_pretrained(folder).half().save_pretrained(half)
     words = TransformerText(text=half, width=8)
-    assert {p.dtype for p in words.parameters()} == {torch.float32}
+    assert {each.dtype for each in words.parameters()} == {torch.float32}
     assert 'dtype' not in words.architecture
     torch.save(words.model.state_dict(), half / 'pytorch_model.bin')
     (half / 'model.safetensors').unlink()
@@ -377,7 +385,8 @@ def test_a_checkpoint_needs_no_folder(run, world, pieces):
     out, as_trained, gone = run
     matcher, vocab, card = load(out)
     dev = Split(world, 'dev')
-    assert vocab == pieces and matcher.config['text']['hidden_size'] == 16
+    assert vocab == pieces
+    assert matcher.config['text']['hidden_size'] == 16
     assert str(gone) not in json.dumps(card)
     assert torch.equal(split_scores(matcher, dev, vocab), as_trained)
     assert len(search(matcher, dev, vocab, 'a dog runs')) == 5
@@ -397,7 +406,8 @@ def test_words_of_pieces_look_at_regions(run, world):
     for word, region, weight in looks:
         # row of the piece, <start> counted
         row = weights[1 + vocab.tokens(sentence).index(word)]
-        assert region == int(row.argmax()) and weight == float(row.max())
+        assert region == int(row.argmax())
+        assert weight == float(row.max())
 
 
 class PowerCut(Exception):
@@ -431,7 +441,8 @@ def test_interrupted_and_resumed_with_two_rates_it_ends_the_same(run, world, fol
     train('scan', world, cut, resume=True, **how)
     card, tensors = read_checkpoint(run[0] / 'last.safetensors')
     card_cut, tensors_cut = read_checkpoint(cut / 'last.safetensors')
-    assert card == card_cut and tensors.keys() == tensors_cut.keys()
+    assert card == card_cut
+    assert tensors.keys() == tensors_cut.keys()
     assert all(torch.equal(tensors[name], tensors_cut[name]) for name in tensors)
     assert Log(run[0] / 'log.jsonl').lines() == Log(cut / 'log.jsonl').lines()
 
@@ -509,7 +520,8 @@ def test_settings_that_cannot_be(world, tmp_path):
     for says, change in faults.items():
         with pytest.raises(SettingError, match=says) as fault:
             train('scan', world, tmp_path / 'x', **QUICK | change)
-        assert '\n' not in str(fault.value) and not (tmp_path / 'x').exists()
+        assert '\n' not in str(fault.value)
+        assert not (tmp_path / 'x').exists()
 
 
 @pytest.mark.parametrize(
