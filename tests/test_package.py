@@ -109,7 +109,7 @@ def imported_by(path):
 
 
 def test_what_is_imported_is_declared():
-    optional = ('torchtext', 'transformers', 'spacy')
+    optional = ('torchtext', 'transformers', 'spacy', 'course')
     known = {name for kind in optional for name in declared(f'{kind}_requirements')}
     known |= {*declared(), 'tokenizers'}  # which transformers brings along
     for path in (ROOT / 'imtm_lite').rglob('*.py'):

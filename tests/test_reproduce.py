@@ -97,13 +97,14 @@ def test_dry_data_has_the_files_of_its_row_and_no_others(name, tmp_path):
 
 def test_dry_data_is_made_once_and_whole(tmp_path):
     row = ROWS['camp-f30k']
-    # what an interrupted call left
-    (tmp_path / 'camp-f30k.partial').mkdir()
+    # somebody else's, or what an interrupted call left: never touched
+    theirs = tmp_path / 'camp-f30k-data.7.partial'
+    theirs.mkdir()
     root = dry_data(row, tmp_path)
     stamps = {path: path.stat().st_mtime_ns for path in root.iterdir()}
     assert dry_data(row, tmp_path) == root
     assert {path: path.stat().st_mtime_ns for path in root.iterdir()} == stamps
-    assert [path.name for path in tmp_path.iterdir()] == ['camp-f30k-data']
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['camp-f30k-data', theirs.name]
 
 
 def test_sizes_are_warned_about_or_refused(world):

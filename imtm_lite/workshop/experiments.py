@@ -188,9 +188,6 @@ def is_held(path: Path) -> bool:
             return True
     return False
 
-# %% ../../nbs/workshop/08_experiments.ipynb #experiments-10-c
-#| export
-
 # %% ../../nbs/workshop/08_experiments.ipynb #experiments-11
 @dataclass(frozen=True)
 class Place:
