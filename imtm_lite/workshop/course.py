@@ -1216,7 +1216,7 @@ def check_submissions(
     json_: Annotated[Path | None, typer.Option('--json', help='write the scores here too')] = None,
     nbs: Nbs = ROOT / 'nbs',
 ):
-    """Score submissions, each in a clean process: the points of each question, and why they are lost.
+    """Score submissions, each in a clean process: points of each question, and why they are lost.
 
     Example: imtm course check submitted/anna.ipynb
     """
